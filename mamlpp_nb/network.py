@@ -20,6 +20,7 @@ class Conv4(nn.Module):
         size:int=28, # height and width of the images in pixels
         filters:int=64, # of each convolution: 64 for Omniglot, 48 for mini-ImageNet
         strided:bool=False, # stride 2 and a global mean instead of max-pooling
+        seed:int=0, # of the initial weights
     ):
         super().__init__()
         if not strided and size < 16: raise ValueError(f'four poolings by 2 leave nothing of a {size}x{size} image; 16 is the least')
@@ -29,8 +30,9 @@ class Conv4(nn.Module):
             setattr(self, f'conv{i}', conv)
             setattr(self, f'norm{i}', nn.BatchNorm2d(filters, track_running_stats=False))
         self.head = nn.Linear(filters if strided else filters*(size//16)**2, n_way)
+        g = torch.Generator().manual_seed(seed)
         for layer in self.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)): nn.init.xavier_uniform_(layer.weight); nn.init.zeros_(layer.bias)
+            if isinstance(layer, (nn.Conv2d, nn.Linear)): nn.init.xavier_uniform_(layer.weight, generator=g); nn.init.zeros_(layer.bias)
 
     def forward(self, x:Tensor)->Tensor: # (images, channels, height, width) -> logits (images, way)
         for i in range(4):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_sizes', 'ClassImages', 'from_labels', 'random_bits', 'stream', 'glyphs', 'tile', 'cache_folder', 'data_root',
-           'list_images', 'read_images', 'write_safely', 'cached', 'find_omniglot', 'omniglot', 'characters',
-           'Episodes', 'EpisodeSampler', 'plot_episode']
+           'progress_bar', 'list_images', 'read_images', 'write_safely', 'cached', 'find_omniglot', 'omniglot',
+           'characters', 'Episodes', 'EpisodeSampler', 'plot_episode']
 
 # %% ../nbs/00_tasks.ipynb #00000003
 import contextlib, dataclasses, hashlib, io, itertools, json, math, os, warnings, zipfile
@@ -126,11 +126,11 @@ def _glyph_strokes(
     shape = (n_classes, 1, n_strokes)
     def shared(low, high, name): return _uniform(low, high, shape, seed, 'glyph', name)
     def personal(spread, name): return _uniform(-spread, spread, (n_classes, n_drawings, n_strokes), seed, 'drawing', name)
-    start   = torch.stack([shared(-.7,.7,xy) + personal(.14,xy) for xy in 'xy'], -1)
-    heading = shared(-math.pi, math.pi, 'heading') + personal(.3, 'heading')
-    bend    = shared(-4, 4, 'bend') * (shared(0,1,'straight') > .35) + personal(.7, 'bend')
-    corner  = shared(-2.4, 2.4, 'corner') * (shared(0,1,'cornered') > .6) + personal(.25, 'corner')
-    length  = shared(.9, 2.8, 'length') * (1 + personal(.2, 'length'))
+    start   = torch.stack([shared(-.7,.7,xy) + personal(.1,xy) for xy in 'xy'], -1)
+    heading = shared(-math.pi, math.pi, 'heading') + personal(.22, 'heading')
+    bend    = shared(-4, 4, 'bend') * (shared(0,1,'straight') > .35) + personal(.5, 'bend')
+    corner  = shared(-2.4, 2.4, 'corner') * (shared(0,1,'cornered') > .6) + personal(.2, 'corner')
+    length  = shared(.9, 2.8, 'length') * (1 + personal(.15, 'length'))
     t = torch.linspace(0, 1, n_points, dtype=torch.float64)
     angle = heading[...,None] + bend[...,None]*t + corner[...,None]*(t > .5)
     steps = torch.stack([angle.cos(), angle.sin()], -1) * length[...,None,None]/n_points
@@ -144,9 +144,9 @@ def _pose(points:Tensor, seed:int)->Tensor: # centred in [-1, 1]², then tilted,
     low, high = flat.nan_to_num(nan=math.inf).amin(2), flat.nan_to_num(nan=-math.inf).amax(2)
     flat = (flat - (low+high)[:,:,None]/2) / ((high-low).amax(-1)/2).clamp(min=.5)[:,:,None,None]
     def personal(spread, name): return _uniform(-spread, spread, flat.shape[:2], seed, 'pose', name)
-    tilt, slant, width, height = personal(.2,'tilt'), personal(.2,'slant'), 1+personal(.25,'width'), 1+personal(.25,'height')
+    tilt, slant, width, height = personal(.16,'tilt'), personal(.16,'slant'), 1+personal(.2,'width'), 1+personal(.2,'height')
     turn = torch.stack([width*tilt.cos(), slant-tilt.sin(), tilt.sin(), height*tilt.cos()], -1).unflatten(-1, (2,2))
-    move = torch.stack([personal(.3,'x'), personal(.3,'y')], -1)
+    move = torch.stack([personal(.24,'x'), personal(.24,'y')], -1)
     return (flat @ turn.mT + move[:,:,None]).clamp(-1.4, 1.4)
 
 # %% ../nbs/00_tasks.ipynb #0000001a
@@ -196,7 +196,14 @@ def data_root()->Path:
     "Where data sets are looked for: `MAMLPP_DATA`, else the cache folder"
     return Path(os.environ.get('MAMLPP_DATA') or cache_folder()).expanduser()
 
-# %% ../nbs/00_tasks.ipynb #00000024
+# %% ../nbs/00_tasks.ipynb #00000023
+def progress_bar(
+    *args, **kwargs, # of tqdm
+)->tqdm: # silent where nobody watches: output to a file, or TQDM_DISABLE set
+    "A progress bar for notebooks and terminals"
+    return tqdm(*args, disable=True if os.environ.get('TQDM_DISABLE') else None, **kwargs)
+
+# %% ../nbs/00_tasks.ipynb #00000025
 _suffixes = {'.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp'}
 
 def _is_image(path:str)->bool: # and not one of the shadows some systems leave behind
@@ -216,7 +223,7 @@ def list_images(
         found = [(n, f'{source}:{n}', lambda n=n: archive.read(n)) for n in archive.namelist() if _is_image(n)]
     return sorted((('/'.join(rel.split('/')[-1-levels:-1]), path, read) for rel,path,read in found), key=lambda f: f[:2])
 
-# %% ../nbs/00_tasks.ipynb #00000025
+# %% ../nbs/00_tasks.ipynb #00000026
 def _decode(path:str, read:abc.Callable, size:int|None, mode:str)->np.ndarray: # (channels, height, width) uint8
     try:
         image = Image.open(io.BytesIO(read()))
@@ -227,7 +234,7 @@ def _decode(path:str, read:abc.Callable, size:int|None, mode:str)->np.ndarray: #
     pixels = np.asarray(image, dtype=np.uint8) * (255 if mode == '1' else 1)
     return np.atleast_3d(pixels).transpose(2,0,1)
 
-# %% ../nbs/00_tasks.ipynb #00000026
+# %% ../nbs/00_tasks.ipynb #00000027
 def read_images(
     files:list, # from `list_images`
     size:int|None=None, # resize to this height and width in pixels; None: all must already be alike
@@ -236,7 +243,7 @@ def read_images(
     "Decode images; an unreadable one, or one of another size, is named"
     if not files: raise ValueError('no images found: expected one folder per class, with .png or .jpg files in it')
     files, pixels = sorted(files, key=lambda f: f[:2]), None
-    for i,(_,path,read) in enumerate(tqdm(files, desc='decoding', unit=' images', leave=False)):
+    for i,(_,path,read) in enumerate(progress_bar(files, desc='decoding', unit=' images', leave=False)):
         image = _decode(path, read, size, mode)
         if pixels is None: pixels = np.empty((len(files), *image.shape), np.uint8)
         if image.shape != pixels.shape[1:]:
@@ -247,7 +254,7 @@ def read_images(
     for name,*_ in files: counts[name] = counts.get(name, 0) + 1
     return ClassImages(torch.from_numpy(pixels), list(counts.values()), list(counts))
 
-# %% ../nbs/00_tasks.ipynb #00000028
+# %% ../nbs/00_tasks.ipynb #00000029
 def _fingerprint(sources:list[Path])->str: # of names, sizes and times of change, not of contents: it must be quick
     files = [f for s in sources for f in ([s] if s.is_file() else sorted(s.rglob('*')))]
     stats = [(f.as_posix(), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -257,7 +264,7 @@ def _load_classes(path:Path)->ClassImages:
     with safe_open(path, 'pt') as f:
         return ClassImages(f.get_tensor('images'), f.get_tensor('counts').tolist(), json.loads(f.metadata()['names']))
 
-# %% ../nbs/00_tasks.ipynb #00000029
+# %% ../nbs/00_tasks.ipynb #0000002a
 def write_safely(
     path:Path, # the file wanted
     write:abc.Callable[[Path],None], # writes a file at the path it is given
@@ -269,7 +276,7 @@ def write_safely(
     try: write(draft); os.replace(draft, path)
     finally: draft.unlink(missing_ok=True)
 
-# %% ../nbs/00_tasks.ipynb #0000002a
+# %% ../nbs/00_tasks.ipynb #0000002b
 def cached(
     name:str, # what is cached, with every setting that shapes it, such as 'omniglot-28'
     sources:list[Path], # the files or folders it is made from
@@ -286,7 +293,7 @@ def cached(
     except OSError as e: warnings.warn(f'could not keep decoded images in {path.parent}: {e}')
     return data
 
-# %% ../nbs/00_tasks.ipynb #0000002c
+# %% ../nbs/00_tasks.ipynb #0000002d
 def find_omniglot(
     root:str|Path|None=None, # where to look; None: `data_root()`
 )->list[Path]: # the two halves of Omniglot, folders or zips; empty if they are not there
@@ -297,7 +304,7 @@ def find_omniglot(
         if all(halves): return halves
     return []
 
-# %% ../nbs/00_tasks.ipynb #0000002d
+# %% ../nbs/00_tasks.ipynb #0000002e
 def _download_omniglot(root:Path)->list[Path]:
     from torchvision.datasets import Omniglot
     try:
@@ -308,7 +315,7 @@ def _download_omniglot(root:Path)->list[Path]:
             'or run this once with a network connection. The embedded glyphs need neither.') from e
     return find_omniglot(root)
 
-# %% ../nbs/00_tasks.ipynb #0000002e
+# %% ../nbs/00_tasks.ipynb #0000002f
 def omniglot(
     root:str|Path|None=None, # where to look and download to; None: `data_root()`
     size:int=28, # height and width in pixels
@@ -323,7 +330,7 @@ def omniglot(
     np.random.RandomState(985773).shuffle(order)
     return _cut(data, order)
 
-# %% ../nbs/00_tasks.ipynb #00000030
+# %% ../nbs/00_tasks.ipynb #00000031
 def characters(
     name:str='auto', # 'omniglot', 'glyphs', or 'auto': Omniglot if it is on this machine
 )->tuple[str,dict[str,ClassImages]]: # which one it is, and its splits
@@ -333,7 +340,7 @@ def characters(
     if name not in sources: raise ValueError(f"no data set {name!r}; choose from 'auto', {', '.join(map(repr, sources))}")
     return name, sources[name]()
 
-# %% ../nbs/00_tasks.ipynb #00000037
+# %% ../nbs/00_tasks.ipynb #00000038
 @dataclasses.dataclass(frozen=True)
 class Episodes:
     "A batch of tasks; within a task, images are ordered by label"
@@ -347,7 +354,7 @@ class Episodes:
 
     def __len__(self): return len(self.support_x)
 
-# %% ../nbs/00_tasks.ipynb #00000038
+# %% ../nbs/00_tasks.ipynb #00000039
 class EpisodeSampler:
     "Deals episodes; episode i is a pure function of (seed, split, i), on any device, in any batch"
     def __init__(self,
@@ -372,7 +379,7 @@ class EpisodeSampler:
         self._most = int(data.count.max())
         self._turned = torch.arange(h*w, device=self.device).view(h, w)
 
-# %% ../nbs/00_tasks.ipynb #00000039
+# %% ../nbs/00_tasks.ipynb #0000003a
 @patch
 def _keys(self:EpisodeSampler, purpose:str, episodes:Tensor, n:int)->Tensor: # (tasks, n) random bits
     task_streams = random_bits(self._streams[purpose] ^ episodes, 1)[:,0]
@@ -388,7 +395,7 @@ def _draw(self:EpisodeSampler, episodes:Tensor)->tuple[Tensor,Tensor,Tensor]: # 
     turns = self._keys('turns', episodes, self.n_way) % 4 if self.rotate else torch.zeros_like(classes)
     return classes, data.first[classes][...,None] + place, turns
 
-# %% ../nbs/00_tasks.ipynb #0000003b
+# %% ../nbs/00_tasks.ipynb #0000003c
 @patch
 def _pixels(self:EpisodeSampler, rows:Tensor, turns:Tensor)->Tensor: # (tasks, way, images, channels, height, width), float
     x = self.data.images[rows]
@@ -409,7 +416,7 @@ def __call__(self:EpisodeSampler,
     y = torch.arange(self.n_way, device=self.device)[None,:,None].expand(n_tasks, -1, k+self.n_target)
     return Episodes(x[:,:,:k].flatten(1,2), y[:,:,:k].flatten(1), x[:,:,k:].flatten(1,2), y[:,:,k:].flatten(1), classes, rows, turns)
 
-# %% ../nbs/00_tasks.ipynb #00000046
+# %% ../nbs/00_tasks.ipynb #00000047
 def plot_episode(
     episodes:Episodes, # a batch of tasks
     task:int=0, # which of them
