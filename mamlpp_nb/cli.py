@@ -42,3 +42,6 @@ def main(
     except ValueError as e: print(f'mamlpp {name}: {e}', file=sys.stderr); return 2
     except (OSError, Diverged) as e: print(f'mamlpp {name}: {e}', file=sys.stderr); return 1
     return 0
+
+# %% ../nbs/a2_command_line.ipynb #00000008
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # python -m mamlpp_nb.cli; a notebook has no file

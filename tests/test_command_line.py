@@ -1,0 +1,53 @@
+"The program as a shell sees it."
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from mamlpp_nb.cli import main
+from mamlpp_nb.maml import load_meta
+
+
+def mamlpp(*words, cwd=None, **env):
+    return subprocess.run([sys.executable, '-m', 'mamlpp_nb.cli', *words], capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, stdin=subprocess.DEVNULL)
+
+
+def test_help_and_version():
+    assert mamlpp('--version').stdout.strip()[0].isdigit()
+    said = mamlpp('quickstart', '--help')
+    assert said.returncode == 0
+    for word in ('--data', '--minutes', '(minutes)', 'default: 2', '--device', '--json'): assert word in said.stdout
+
+
+@pytest.mark.parametrize('words, named', [
+    ([], 'usage'), (['learn'], "no command 'learn'"), (['quickstart', '--data', 'mnist'], "'glyphs'"),
+    (['quickstart', '--minutes', '-1'], 'above 0'), (['quickstart', '--minutes', 'nan'], 'above 0'), (['quickstart', '--minutes', 'two'], 'invalid float'),
+    (['quickstart', '--devise', 'cpu'], '--devise'), (['quickstart', '--dev', 'cpu'], '--dev'), (['quickstart', '--device', 'abacus'], "no device 'abacus'"),
+    (['bench', '--workload', 'all-of-it'], 'mini-imagenet-5w1s-maml'),
+])
+def test_mistakes_are_answered_and_exit_with_2(words, named, capsys):
+    try: code = main(words)
+    except SystemExit as e: code = e.code # argparse's way to stop
+    said = ''.join(capsys.readouterr())
+    assert code == 2 and named in said and 'Traceback' not in said
+
+
+def test_missing_data_exits_with_1(tmp_path):
+    said = mamlpp('quickstart', '--data', 'omniglot', MAMLPP_DATA=str(tmp_path), XDG_CACHE_HOME=str(tmp_path), http_proxy='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
+    assert said.returncode == 1 and 'images_background.zip' in said.stderr and 'Traceback' not in said.stderr
+
+
+def test_quickstart_from_start_to_end(tmp_path):
+    said = mamlpp('quickstart', '--data', 'glyphs', '--minutes', '.05', '--json', '--out', 'here', cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    last = json.loads(said.stdout.splitlines()[-1])
+    assert last['data'] == 'glyphs' and last['method'] == 'maml' and last['iterations'] >= 1 and last['seconds'] > 0
+    assert 0 < last['accuracy_before'] < .4 < last['accuracy'] <= 1 and 0 < last['ci95'] < .1
+    meta, about = load_meta(tmp_path / last['checkpoint'])
+    assert about['data'] == 'glyphs' and about['iterations'] == last['iterations'] and 'conv0.weight' in meta.start
+    assert Image.open(tmp_path / last['figure']).size[0] > 300
+    record = json.loads((tmp_path / 'here/record.json').read_text())
+    assert record['accuracy'][-1] == last['accuracy'] and len(record['loss']) == last['iterations'] and record['commit']

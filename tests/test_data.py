@@ -1,0 +1,153 @@
+"Where images come from, and what happens when they are missing, broken or strange."
+import io
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mamlpp_nb import tasks
+from mamlpp_nb.tasks import cached, characters, glyphs, list_images, omniglot, read_images
+
+
+def png(seed, size=(105, 105)):
+    pixels = np.random.default_rng(seed).random((size[1], size[0])) > .1
+    buffer = io.BytesIO()
+    Image.fromarray((pixels * 255).astype(np.uint8)).convert('1').save(buffer, 'png')
+    return buffer.getvalue()
+
+
+drawings = [png(i) for i in range(9)]
+
+
+def small_omniglot(root, zipped, per_class=1):
+    "Omniglot's tree with all its 1,623 classes but few drawings."
+    for half, n in (('images_background', 964), ('images_evaluation', 659)):
+        files = {f'{half}/Alphabet_{half[7]}/character{c:04d}/{c:04d}_{d:02d}.png': drawings[(c + d) % 9] for c in range(n) for d in range(per_class)}
+        root.mkdir(parents=True, exist_ok=True)
+        if zipped:
+            with zipfile.ZipFile(root / f'{half}.zip', 'w') as z:
+                for name, content in files.items(): z.writestr(name, content)
+                z.writestr(f'__MACOSX/{half}/._junk.png', b'not an image')
+        else:
+            for name, content in files.items():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).write_bytes(content)
+            (root / half / '.DS_Store').write_bytes(b'junk')
+
+
+@pytest.mark.parametrize('layout', ['.', 'omniglot', 'omniglot-py'])
+def test_omniglot_is_found_zipped(tmp_path, own_cache, layout):
+    small_omniglot(tmp_path / layout, zipped=True)
+    splits = omniglot(tmp_path)
+    assert [len(d) for d in splits.values()] == [1150, 50, 423]
+    assert splits['train'].images.shape == (1623, 1, 28, 28) and splits['train'].images.unique().tolist() == [0, 255]
+
+
+def test_folders_and_zips_give_the_same_pixels_and_the_second_time_comes_from_the_cache(tmp_path, own_cache, monkeypatch):
+    small_omniglot(tmp_path / 'a/omniglot', zipped=True)
+    small_omniglot(tmp_path / 'b/omniglot', zipped=False)
+    a, b = omniglot(tmp_path / 'a'), omniglot(tmp_path / 'b')
+    assert torch.equal(a['test'].images, b['test'].images) and a['test'].names == b['test'].names
+    monkeypatch.setattr(tasks, 'read_images', lambda *_: pytest.fail('decoded again'))
+    assert torch.equal(omniglot(tmp_path / 'a')['test'].images, a['test'].images)
+
+
+def test_a_changed_source_is_decoded_again(tmp_path, own_cache):
+    small_omniglot(tmp_path / 'omniglot', zipped=False)
+    before = omniglot(tmp_path)['train'].images.clone()
+    next((tmp_path / 'omniglot').rglob('*.png')).write_bytes(png(12345))
+    assert not torch.equal(omniglot(tmp_path)['train'].images, before)
+
+
+def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, own_cache):
+    small_omniglot(tmp_path / 'omniglot', zipped=True)
+    good = omniglot(tmp_path)['train'].images.clone()
+    kept, = own_cache.glob('*.safetensors')
+    kept.write_bytes(kept.read_bytes()[:5000])
+    with pytest.warns(UserWarning, match='damaged'): assert torch.equal(omniglot(tmp_path)['train'].images, good)
+    assert torch.equal(omniglot(tmp_path)['train'].images, good)
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
+    (tmp_path / 'cache').write_text('a file where the folder should be')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    (tmp_path / 'x').write_text('')
+    one = tasks.ClassImages(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), [1], ['a'])
+    with pytest.warns(UserWarning, match='could not keep'): assert len(cached('few', [tmp_path / 'x'], lambda: one)) == 1
+
+
+def test_missing_omniglot_names_both_ways_out(tmp_path, own_cache, monkeypatch):
+    import torchvision
+    def no_network(*a, **k): raise OSError('no network')
+    monkeypatch.setattr(torchvision.datasets, 'Omniglot', no_network)
+    with pytest.raises(FileNotFoundError) as e: omniglot(tmp_path)
+    for word in (str(tmp_path), 'images_background.zip', 'MAMLPP_DATA', 'network'): assert word in str(e.value)
+
+
+def test_a_download_is_used(tmp_path, own_cache, monkeypatch):
+    import torchvision
+    def download(root, background, download): small_omniglot(tmp_path / 'omniglot-py', zipped=True)
+    monkeypatch.setattr(torchvision.datasets, 'Omniglot', download)
+    assert len(omniglot(tmp_path)['test']) == 423
+
+
+def test_half_an_omniglot_is_refused(tmp_path, own_cache):
+    for half in ('images_background', 'images_evaluation'):
+        folder = tmp_path / half / 'Greek/character01'
+        folder.mkdir(parents=True)
+        (folder / f'{half}.png').write_bytes(drawings[0])
+    with pytest.raises(ValueError, match='1 character classes.*1623'): omniglot(tmp_path)
+
+
+@pytest.mark.parametrize('content', [b'', b'no image at all', drawings[0][:200], drawings[0][:-40]], ids=['empty', 'text', 'cut', 'cut late'])
+@pytest.mark.parametrize('zipped', [False, True])
+def test_an_unreadable_image_is_named(tmp_path, content, zipped):
+    source = tmp_path / 'data'
+    for c in 'ab':
+        (source / c).mkdir(parents=True)
+        (source / c / '1.png').write_bytes(drawings[0])
+    (source / 'b/2.png').write_bytes(content)
+    if zipped:
+        with zipfile.ZipFile(tmp_path / 'data.zip', 'w') as z:
+            for f in source.rglob('*.png'): z.write(f, f.relative_to(tmp_path))
+        source = tmp_path / 'data.zip'
+    with pytest.raises(ValueError, match=r'cannot read the image .*b/2\.png'): read_images(list_images(source))
+
+
+def test_images_of_different_sizes_are_named_and_can_be_resized(tmp_path):
+    for c, size in (('a', (20, 20)), ('b', (30, 20))):
+        (tmp_path / c).mkdir()
+        (tmp_path / c / 'x.png').write_bytes(png(1, size))
+    with pytest.raises(ValueError, match=r'a/x\.png is 20x20.*b/x\.png is 30x20'): read_images(list_images(tmp_path))
+    assert read_images(list_images(tmp_path), size=16, mode='RGB').images.shape == (2, 3, 16, 16)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='no images found'): read_images(list_images(tmp_path))
+
+
+def test_glyphs_are_a_function_of_the_seed(drawn):
+    assert torch.equal(glyphs()['val'].images, drawn['val'].images)
+    other = glyphs(seed=1, n_drawings=3, size=40)
+    assert other['val'].images.shape == (1623 * 3, 1, 40, 40) and (other['val'].count == 3).all()
+    assert not torch.equal(glyphs(seed=1)['val'].images, drawn['val'].images)
+
+
+def test_glyphs_differ_within_and_between_classes(drawn):
+    ink = 1 - drawn['test'].images / 255
+    assert (ink.flatten(1).sum(1) > 3).all()                        # nobody drew nothing
+    where = torch.nn.functional.avg_pool2d(ink, 4).view(1623, 20, -1) # roughly: strokes are thin
+    within = (where[:, :10] - where[:, 10:]).norm(dim=2).mean()
+    between = (where[:-1, :10] - where[1:, :10]).norm(dim=2).mean()
+    assert 0 < within < .8 * between
+
+
+def test_an_unknown_data_set_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'omniglot', 'glyphs'"): characters('imagenet')
+
+
+def test_the_data_root_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv('MAMLPP_DATA', str(tmp_path))
+    assert tasks.data_root() == tmp_path and characters()[0] == 'glyphs'
