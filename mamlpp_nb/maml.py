@@ -74,7 +74,7 @@ def draw_inner_loop(
 
 # %% ../nbs/02_maml.ipynb #00000014
 class MetaParameters(NamedTuple):
-    "What the outer loop learns; a tuple of dicts, so a pytree"
+    "What the outer loop learns: a tuple of dicts of tensors"
     start:Weights      # θ₀, by parameter name: what the inner loop moves
     per_step:Weights   # tables (rows, *shape) of the parameters the inner loop leaves alone, such as γ and β
     step_sizes:Weights # tables α (rows, *shape that broadcasts to the weight), by the names of `start`
@@ -174,7 +174,7 @@ def meta_loss(
         if not weights[i]: continue
         logits = forward(at_step(meta, fast, i), episodes.target_x)
         total = total + weights[i]*task_losses(logits, episodes.target_y).mean()
-    return total, (logits.argmax(-1) == episodes.target_y).double().mean()
+    return total, (logits.argmax(-1) == episodes.target_y).float().mean()
 
 # %% ../nbs/02_maml.ipynb #00000020
 def naive_meta_loss(
@@ -319,11 +319,11 @@ def evaluate(
     portion:int=4, # tasks at a time; changes speed and memory, not results
 )->Evaluation:
     "Adapt to each task and grade it after every step"
-    def right(episodes, fast, i): return (forward(at_step(meta, fast, i), episodes.target_x).argmax(-1) == episodes.target_y).double().mean(1)
+    def right(episodes, fast, i): return (forward(at_step(meta, fast, i), episodes.target_x).argmax(-1) == episodes.target_y).float().mean(1)
     grades = []
     for first in range(0, n_tasks, portion):
         e = sampler(first, min(portion, n_tasks-first))
         before = {k: w.expand(len(e), *w.shape) for k,w in meta.start.items()}
         after = inner_loop(forward, meta, e.support_x, e.support_y, n_steps, second_order=False)
         grades.append(torch.stack([right(e, before, 0), *(right(e, fast, i) for i,fast in enumerate(after))], 1))
-    return Evaluation(torch.cat(grades).cpu())
+    return Evaluation(torch.cat(grades).cpu().double())

@@ -48,5 +48,9 @@ def task_batched(
     net:nn.Module, # any network; used through `functional_call`, its own weights stay put
 )->abc.Callable[[Weights,Tensor],Tensor]: # (weights, images) -> logits, all three with a leading task axis
     "The network as a function of the weights of a batch of tasks and their images"
+    for name,layer in net.named_modules():
+        if getattr(layer, 'track_running_stats', False) and layer.training:
+            raise ValueError(f'layer {name!r} would collect running statistics over tasks that must not meet; '
+                             'build it with track_running_stats=False, or call net.eval() to normalise by those it has')
     def one_task(weights:Weights, x:Tensor)->Tensor: return functional_call(net, weights, (x,))
     return vmap(one_task, randomness='different') # dropout, if there is any, differs between tasks

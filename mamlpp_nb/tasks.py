@@ -8,7 +8,7 @@ __all__ = ['split_sizes', 'ClassImages', 'from_labels', 'random_bits', 'stream',
            'characters', 'Episodes', 'EpisodeSampler', 'plot_episode']
 
 # %% ../nbs/00_tasks.ipynb #00000003
-import contextlib, dataclasses, hashlib, io, itertools, json, math, os, warnings, zipfile
+import dataclasses, hashlib, io, itertools, json, math, os, warnings, zipfile
 import collections.abc as abc
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F, matplotlib.pyplot as plt
@@ -92,7 +92,7 @@ def _signed(x:int)->int: # the same 64 bits as a signed integer, as torch stores
     x &= 2**64-1
     return x - 2**64 if x >= 2**63 else x
 
-_gamma, _mix1, _mix2 = map(_signed, (0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb))
+_increment, _mix1, _mix2 = map(_signed, (0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb))
 
 def _shift_right(x:Tensor, n:int)->Tensor: return (x >> n) & ((1 << (64-n)) - 1) # logical, not arithmetic
 
@@ -101,7 +101,7 @@ def random_bits(
     n:int, # numbers wanted from each stream
 )->Tensor: # (*stream.shape, n), int64, all 64 bits random
     "Numbers 0 ... n-1 of each stream: SplitMix64, as a function of the counter"
-    x = stream[..., None] + _gamma*torch.arange(1, n+1, device=stream.device)
+    x = stream[..., None] + _increment*torch.arange(1, n+1, device=stream.device)
     x = (x ^ _shift_right(x, 30)) * _mix1
     x = (x ^ _shift_right(x, 27)) * _mix2
     return x ^ _shift_right(x, 31)
@@ -436,5 +436,5 @@ def plot_episode(
         for i,(p,y) in enumerate(zip(predicted[task].tolist(), episodes.target_y[task].tolist())):
             column, row, good = y, shot + i%len(target), p==y
             ax.add_patch(plt.Rectangle((column*w, row*h), w-2, h-2, fill=False, lw=2, ec='C2' if good else 'C3'))
-            ax.text(column*w+2, row*h+2, str(p), color='C2' if good else 'C3', va='top', weight='bold')
+            ax.text(column*w+2, row*h+2, str(p), color='C2' if good else 'C3', va='top', weight='bold', bbox=dict(fc='white', ec='none', pad=.5))
     return ax
