@@ -280,14 +280,14 @@ def train(
     def keep():
         if checkpoint: save_meta(checkpoint, meta, {**(about or {}), 'iterations': len(history)})
     layout = '{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}'
-    bar = progress_bar(total=n_iterations or seconds, desc='training', bar_format=layout)
+    bar = progress_bar(total=n_iterations if seconds is None else seconds, desc='training', bar_format=layout)
     try:
-        while (len(history) < n_iterations) if n_iterations else (time.monotonic()-begin < seconds):
+        while (len(history) < n_iterations) if seconds is None else (time.monotonic()-begin < seconds):
             history.append(next(loop))
             recent = history[-20:]
             bar.set_postfix({'iteration': len(history), 'loss': f'{np.mean([p.loss for p in recent]):.3f}',
                              'accuracy': f'{np.mean([p.accuracy for p in recent]):.3f}'}, refresh=False)
-            bar.update(1 if n_iterations else min(time.monotonic()-begin, seconds)-bar.n)
+            bar.update(1 if seconds is None else min(time.monotonic()-begin, seconds)-bar.n)
             if time.monotonic()-saved > 30: keep(); saved = time.monotonic()
     except Diverged as e:
         kept = f'the weights before that step are in {checkpoint}' if checkpoint else 'no checkpoint was asked for; the weights before that step are in memory'

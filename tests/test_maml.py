@@ -1,6 +1,5 @@
 "The batched inner loop is the loop over tasks; the meta-gradient is the exact one; nothing is lost when a run ends badly."
 import itertools
-import json
 
 import pytest
 import torch
@@ -185,7 +184,6 @@ def test_a_nan_names_the_iteration_and_the_last_good_checkpoint(drawn, tmp_path)
     with pytest.raises(Diverged, match=r'iteration 2 .*episodes 8 to 11.*meta\.safetensors') as e: train(loop, meta, 10, checkpoint=tmp_path / 'meta.safetensors')
     kept, about = load_meta(tmp_path / 'meta.safetensors')
     assert about['iterations'] == 2 and all(t.isfinite().all() for t in kept.learned().values())
-    healthy, two = run(drawn, 2), None
     reference = maml_parameters(Conv4(filters=8))
     reference_loop = outer_loop(task_batched(Conv4(filters=8)), reference, EpisodeSampler(drawn['train']), torch.optim.Adam(reference.learned().values()))
     list(itertools.islice(reference_loop, 2))
@@ -205,6 +203,7 @@ def test_train_stops_by_iterations_or_by_time(drawn):
     _, meta = run(drawn, 0)
     assert len(train(iter(run(drawn, 3)[0]), meta, n_iterations=2)) == 2
     assert len(train(iter(run(drawn, 3)[0]), meta, seconds=1e-9)) in (0, 1)
+    assert train(iter([]), meta, n_iterations=0) == []
     with pytest.raises(ValueError, match='either'): train(iter([]), meta)
 
 
