@@ -227,9 +227,12 @@ def outer_loop(
     n_tasks:int=4, # tasks per outer step B
     first:int=0, # iteration to start from; its episodes are first*n_tasks onwards
     parts:abc.Callable[[int],dict]=lambda iteration: {}, # keyword arguments of `meta_loss` at an iteration
+    rate:abc.Callable[[int],float]|None=None, # outer learning rate at an iteration; None: the optimizer's own
 )->abc.Iterator[Progress]: # endless
     "Meta-training, one outer step at a time"
     for i in itertools.count(first):
+        if rate:
+            for group in optimizer.param_groups: group['lr'] = rate(i)
         loss, accuracy = meta_loss(forward, meta, sampler(i*n_tasks, n_tasks), **parts(i))
         optimizer.zero_grad()
         loss.backward()
@@ -298,7 +301,7 @@ def train(
 # %% ../nbs/02_maml.ipynb #00000032
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    "Target accuracy on never-seen classes; batch norm by the statistics of a task's targets together (transductive)"
+    "Target accuracy on never-seen classes"
     per_task:Tensor # (tasks, steps+1), in [0, 1]; column 0 before adaptation
 
     @property
@@ -317,9 +320,11 @@ def evaluate(
     n_tasks:int=600, # episodes 0 ... n_tasks-1
     n_steps:int=5, # inner steps, free to differ from training
     portion:int=4, # tasks at a time; changes speed and memory, not results
+    predict:abc.Callable[[Weights,Episodes],Tensor]|None=None, # (weights, episodes) -> target logits; None: `forward`, all targets of a task together
 )->Evaluation:
     "Adapt to each task and grade it after every step"
-    def right(episodes, fast, i): return (forward(at_step(meta, fast, i), episodes.target_x).argmax(-1) == episodes.target_y).float().mean(1)
+    predict = predict or (lambda weights, episodes: forward(weights, episodes.target_x))
+    def right(episodes, fast, i): return (predict(at_step(meta, fast, i), episodes).argmax(-1) == episodes.target_y).float().mean(1)
     grades = []
     for first in range(0, n_tasks, portion):
         e = sampler(first, min(portion, n_tasks-first))
