@@ -214,6 +214,7 @@ class Progress:
     iteration:int   # from 0
     loss:float      # meta loss before the step, nats
     accuracy:float  # target accuracy before the step, in [0, 1]
+    gradient_norm:float # length of the meta-gradient that reaches θ₀
 
 class Diverged(FloatingPointError):
     "The meta loss or its gradient is not finite; the meta-parameters are those before the step"
@@ -236,12 +237,14 @@ def outer_loop(
         loss, accuracy = meta_loss(forward, meta, sampler(i*n_tasks, n_tasks), **parts(i))
         optimizer.zero_grad()
         loss.backward()
-        gradients = [t.grad for t in meta.learned().values() if t.grad is not None]
-        if not torch.isfinite(torch.stack([loss.detach(), *torch._foreach_norm(gradients)])).all():
+        gradients = {k: t.grad for k,t in meta.learned().items() if t.grad is not None}
+        norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values()))))
+        if not torch.isfinite(torch.stack([loss.detach(), *norms.values()])).all():
             raise Diverged(f'the meta loss or its gradient is not finite at iteration {i} (loss {loss.item()}), '
                            f'{sampler.data.split} episodes {i*n_tasks} to {i*n_tasks+n_tasks-1} of seed {sampler.seed}')
         optimizer.step()
-        yield Progress(i, loss.item(), accuracy.item())
+        reached = torch.stack([n for k,n in norms.items() if k.startswith('start/')]).norm()
+        yield Progress(i, loss.item(), accuracy.item(), reached.item())
 
 # %% ../nbs/02_maml.ipynb #0000002e
 def save_meta(

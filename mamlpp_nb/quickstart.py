@@ -122,7 +122,8 @@ def run_quickstart(
               'accuracy': results['targets'].accuracy, 'ci95': results['targets'].ci95, 'accuracy_untrained': untrained.accuracy,
               'batch_norm': 'statistics of the targets of a task together (transductive)',
               'tests': {way: {'accuracy': r.accuracy, 'ci95': r.ci95} for way,r in results.items()},
-              'loss': [p.loss for p in history], 'target_accuracy': [p.accuracy for p in history], 'epoch': clock.epochs, 'second': clock.seconds,
+              'loss': [p.loss for p in history], 'target_accuracy': [p.accuracy for p in history],
+              'gradient_norm': [p.gradient_norm for p in history], 'epoch': clock.epochs, 'second': clock.seconds,
               'step_sizes': {k: a.flatten().tolist() for k,a in meta.step_sizes.items() if a.dim() == 1},
               'seconds_training': trained-begin_training, 'seconds': time.monotonic()-begin}
     write_safely(folder/'record.json', lambda draft: draft.write_text(dumps(record)))
