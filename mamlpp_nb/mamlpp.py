@@ -14,9 +14,10 @@ from .tasks import EpisodeSampler
 from .maml import Forward, MetaParameters, Progress, maml_parameters, outer_loop
 from .multi_step import multi_step_weights
 from .per_step_norm import per_step_norm
-from .step_sizes import idle_parameters, step_size_kinds, step_size_tables
+from .diagnostics import idle_parameters
+from .step_sizes import step_size_kinds, step_size_tables
 
-# %% ../nbs/07_mamlpp.ipynb #00000004
+# %% ../nbs/07_mamlpp.ipynb #00000008
 def cosine_rate(
     epoch:int, # from 0
     n_epochs:int, # of the whole run
@@ -26,7 +27,7 @@ def cosine_rate(
     "Outer learning rate of an epoch, along half a cosine (Loshchilov and Hutter 2017, without restarts)"
     return last + (first-last)*(1 + math.cos(math.pi*min(epoch/n_epochs, 1)))/2
 
-# %% ../nbs/07_mamlpp.ipynb #00000005
+# %% ../nbs/07_mamlpp.ipynb #0000000b
 @dataclasses.dataclass(frozen=True)
 class Method:
     "A combination of parts; MAML is none of them"
@@ -40,7 +41,7 @@ class Method:
         for name,choices in (('step_sizes', tuple(step_size_kinds)), ('derivative', ('second','first','annealed'))):
             if getattr(self, name) not in choices: raise ValueError(f'no {name} {getattr(self, name)!r}; choose from {", ".join(choices)}')
 
-# %% ../nbs/07_mamlpp.ipynb #00000006
+# %% ../nbs/07_mamlpp.ipynb #0000000c
 parts = {'msl': {'multi_step': True}, 'bn': {'per_step_norm': True}, 'lslr': {'step_sizes': 'per layer and step'},
          'da': {'derivative': 'annealed'}, 'ca': {'cosine': True}}
 
@@ -49,7 +50,7 @@ methods = {'maml': Method(), **{f'maml+{name}': Method(**part) for name,part in 
            'meta-sgd': Method(step_sizes='per weight'), 'anil': Method(step_sizes='head only'), 'boil': Method(step_sizes='body only'),
            'first-order-maml': Method(derivative='first')}
 
-# %% ../nbs/07_mamlpp.ipynb #00000007
+# %% ../nbs/07_mamlpp.ipynb #0000000d
 def find_method(
     name:str, # a name in `methods`, or 'maml+...' with any of the parts msl, bn, lslr, da, ca
 )->Method:
@@ -60,7 +61,7 @@ def find_method(
         raise ValueError(f"no method {name!r}; choose from {', '.join(methods)}, or join parts, as in maml+msl+lslr; parts are {', '.join(parts)}")
     return Method(**{k: v for part in chosen for k,v in parts[part].items()})
 
-# %% ../nbs/07_mamlpp.ipynb #00000008
+# %% ../nbs/07_mamlpp.ipynb #00000011
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     "When the annealed parts change, in epochs; a method reads what concerns it"
@@ -74,7 +75,7 @@ class Schedule:
         for name,least in (('n_epochs', 1), ('multi_step_epochs', 0), ('first_order_epochs', 0), ('outer_lr', 0), ('last_outer_lr', 0)):
             if not least <= getattr(self, name) < math.inf: raise ValueError(f'{name} must be at least {least} and finite, got {getattr(self, name)}')
 
-# %% ../nbs/07_mamlpp.ipynb #00000009
+# %% ../nbs/07_mamlpp.ipynb #00000013
 def method_parameters(
     method:Method, # which parts
     net:nn.Module, # the network, with its initial weights
@@ -106,7 +107,7 @@ def outer_rate(
     "Outer learning rate of an epoch"
     return cosine_rate(epoch, schedule.n_epochs, schedule.outer_lr, schedule.last_outer_lr) if method.cosine else schedule.outer_lr
 
-# %% ../nbs/07_mamlpp.ipynb #0000000a
+# %% ../nbs/07_mamlpp.ipynb #00000014
 def method_loop(
     method:Method, # which parts
     forward:Forward, # the network as a function of weights

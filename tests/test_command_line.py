@@ -19,14 +19,15 @@ def test_help_and_version():
     assert mamlpp('--version').stdout.strip()[0].isdigit()
     said = mamlpp('quickstart', '--help')
     assert said.returncode == 0
-    for word in ('--data', '--minutes', '(minutes)', 'default: 2', '--device', '--json'): assert word in said.stdout
+    for word in ('--data', '--method', 'mamlpp', '--minutes', '(minutes)', 'default: 2', '--iterations', '--device', '--json'): assert word in said.stdout
 
 
 @pytest.mark.parametrize('words, named', [
     ([], 'usage'), (['learn'], "no command 'learn'"), (['quickstart', '--data', 'mnist'], "'glyphs'"),
     (['quickstart', '--minutes', '-1'], 'above 0'), (['quickstart', '--minutes', 'nan'], 'above 0'), (['quickstart', '--minutes', 'two'], 'invalid float'),
     (['quickstart', '--devise', 'cpu'], '--devise'), (['quickstart', '--dev', 'cpu'], '--dev'), (['quickstart', '--device', 'abacus'], "no device 'abacus'"),
-    (['bench', '--workload', 'all-of-it'], 'mini-imagenet-5w1s-maml'),
+    (['quickstart', '--method', 'mamlp'], 'choose from maml, maml+msl'), (['quickstart', '--method', 'maml+bnn'], 'parts are msl, bn'), (['quickstart', '--iterations', '-2'], 'at least 0'),
+    (['bench', '--workload', 'all-of-it'], 'mini-imagenet-5w1s-METHOD'), (['bench', '--workload', 'omniglot-20w1s-mam'], 'choose from maml'),
 ])
 def test_mistakes_are_answered_and_exit_with_2(words, named, capsys):
     try: code = main(words)
@@ -44,10 +45,20 @@ def test_quickstart_from_start_to_end(tmp_path):
     said = mamlpp('quickstart', '--data', 'glyphs', '--minutes', '.05', '--json', '--out', 'here', cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     last = json.loads(said.stdout.splitlines()[-1])
-    assert last['data'] == 'glyphs' and last['method'] == 'maml' and last['iterations'] >= 1 and last['seconds'] > 0
+    assert last['data'] == 'glyphs' and last['method'] == 'mamlpp' and last['iterations'] >= 1 and last['seconds'] > 0
     assert 0 < last['accuracy_before'] < .4 < last['accuracy'] <= 1 and 0 < last['ci95'] < .1
     meta, about = load_meta(tmp_path / last['checkpoint'])
     assert about['data'] == 'glyphs' and about['iterations'] == last['iterations'] and 'conv0.weight' in meta.start
     assert Image.open(tmp_path / last['figure']).size[0] > 300
     record = json.loads((tmp_path / 'here/record.json').read_text())
     assert record['accuracy'][-1] == last['accuracy'] and len(record['loss']) == last['iterations'] and record['commit']
+
+
+def test_quickstart_by_outer_steps_does_the_same_twice(tmp_path):
+    for name in ('a', 'b'):
+        said = mamlpp('quickstart', '--data', 'glyphs', '--method', 'maml+lslr+da', '--iterations', '2', '--seed', '3', '--out', name, cwd=tmp_path)
+        assert said.returncode == 0, said.stderr
+    a, b = (json.loads((tmp_path / name / 'record.json').read_text()) for name in ('a', 'b'))
+    assert a['iterations'] == 2 and a['config']['method'] == 'maml+lslr+da' and a['config']['seed'] == 3
+    for key in ('loss', 'accuracy', 'tests', 'step_sizes', 'epoch', 'gradient_norm'): assert a[key] == b[key]
+    assert a['tests'].keys() == {'targets', 'support'} and len(a['step_sizes']['head.weight']) == 5

@@ -1,4 +1,5 @@
 "The book as a whole: what a reader on the web sees, and that numbers come from records."
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import mamlpp_nb
+from mamlpp_nb.quickstart import book_runs, run_settings
 
 root = Path(__file__).parent.parent
 notebooks = sorted(root.glob('nbs/*.ipynb'))
@@ -42,8 +44,9 @@ def test_no_public_name_is_exported_twice():
 
 
 def test_every_record_says_where_it_comes_from():
-    kept = {p.stem: json.loads(p.read_text()) for p in (root / 'nbs/results').glob('*.json')}
-    assert {'quickstart-omniglot', 'bench-cpu', 'chapters'} <= set(kept)
+    results = root / 'nbs/results'
+    kept = {p.relative_to(results).with_suffix('').as_posix(): json.loads(p.read_text()) for p in results.glob('**/*.json')}
+    assert {'quickstart-omniglot-maml', 'quickstart-omniglot-mamlpp', 'bench-cpu', 'chapters'} <= set(kept)
     for name, record in kept.items():
         for r in record.values() if name == 'chapters' else [record]:
             assert re.fullmatch(r'[0-9a-f]{12}', r['commit']), f'{name}: made from uncommitted code' # no '+'
@@ -52,11 +55,24 @@ def test_every_record_says_where_it_comes_from():
 
 
 def test_the_readme_says_what_the_records_say():
-    readme, r = (root / 'README.md').read_text(), json.loads((root / 'nbs/results/quickstart-omniglot.json').read_text())
-    assert f"{100 * r['accuracy'][-1]:.1f} ± {100 * r['ci95'][-1]:.1f} | `{r['commit']}`" in readme
+    readme = (root / 'README.md').read_text()
+    for name in ('maml', 'mamlpp'):
+        r = json.loads((root / f'nbs/results/quickstart-omniglot-{name}.json').read_text())
+        assert f"{100 * r['accuracy'][-1]:.1f} ± {100 * r['ci95'][-1]:.1f} | `{r['commit']}`" in readme
     for p in chapters: assert f'](nbs/{p.name})' in readme
 
 
 def test_one_version_everywhere():
     assert f'version = {mamlpp_nb.__version__}\n' in (root / 'settings.ini').read_text()
     assert f'version: {mamlpp_nb.__version__}\n' in (root / 'CITATION.cff').read_text()
+
+
+@pytest.mark.parametrize('kind', book_runs)
+def test_records_of_the_chapters_have_the_settings_that_make_them_again(kind):
+    methods, _, iterations = book_runs[kind]
+    for path in (root / 'nbs/results' / kind).glob('*.json'):
+        record, (method, seed) = json.loads(path.read_text()), path.stem.rsplit('-', 1)
+        assert method in methods and record['iterations'] == iterations == len(record['loss']) == len(record['gradient_norm'])
+        assert record['config'] == json.loads(json.dumps(dataclasses.asdict(run_settings(kind, method, int(seed)))))
+    seeds = {p.stem.rsplit('-', 1)[0]: len(list(p.parent.glob(p.stem.rsplit('-', 1)[0] + '-[0-9].json'))) for p in (root / 'nbs/results' / kind).glob('*.json')}
+    assert set(seeds) == set(methods) and set(seeds.values()) == {3}

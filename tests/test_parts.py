@@ -12,7 +12,8 @@ from mamlpp_nb.mamlpp import Method, Schedule, cosine_rate, find_method, loss_pa
 from mamlpp_nb.multi_step import multi_step_weights, naive_graded_loss
 from mamlpp_nb.network import Conv4, task_batched
 from mamlpp_nb.per_step_norm import gather_statistics, per_step_norm, predict_targets, target_norms, with_statistics
-from mamlpp_nb.step_sizes import idle_parameters, step_size_kinds, step_size_tables
+from mamlpp_nb.diagnostics import idle_parameters
+from mamlpp_nb.step_sizes import step_size_kinds, step_size_tables
 from mamlpp_nb.tasks import EpisodeSampler
 from test_maml import Smooth, learned_gradients, noise_episodes
 
