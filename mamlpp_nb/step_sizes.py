@@ -61,5 +61,6 @@ def plot_step_sizes(
     for i in range(1, n_steps): ax.axvline(i*n_layers - .5, color='.8', lw=.8)
     ax.axhline(0, color='.5', lw=.8)
     ax.set_xticks(range(n_steps*n_layers), [k.replace('.weight','') for k in tables]*n_steps, rotation=90, fontsize=6)
-    ax.set(ylabel='inner step size α', xlabel='   '.join(f'step {i+1}' for i in range(n_steps)))
+    for i in range(n_steps): ax.text((i+.5)*n_layers - .5, 1.02, f'step {i+1}', ha='center', transform=ax.get_xaxis_transform())
+    ax.set(ylabel='inner step size α', xlabel='layer tensor')
     return ax
