@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Forward', 'full_mode', 'naive_task_loss', 'draw_inner_loop', 'MetaParameters', 'maml_parameters', 'row', 'at_step',
            'task_losses', 'inner_loop', 'meta_loss', 'naive_meta_loss', 'gradient_error', 'keep_freed_memory',
-           'Progress', 'Diverged', 'outer_loop', 'save_meta', 'load_meta', 'train', 'Evaluation', 'evaluate']
+           'Progress', 'Diverged', 'meta_gradient', 'outer_loop', 'save_meta', 'load_meta', 'train', 'Evaluation',
+           'evaluate']
 
 # %% ../nbs/02_maml.ipynb #00000003
 import ctypes, dataclasses, itertools, json, os, time
@@ -219,6 +220,19 @@ class Progress:
 class Diverged(FloatingPointError):
     "The meta loss or its gradient is not finite; the meta-parameters are those before the step"
 
+# %% ../nbs/02_maml.ipynb #d947976b
+def meta_gradient(
+    forward:Forward, # the network as a function of weights
+    meta:MetaParameters, # what is learned
+    episodes:Episodes, # a batch of tasks
+    **arguments, # of `meta_loss`
+)->tuple[Tensor,Tensor,Weights]: # loss, target accuracy, and the gradient by the names of `meta.learned()`
+    "The meta loss and its gradient, for those meta-parameters that it depends on"
+    loss, accuracy = meta_loss(forward, meta, episodes, **arguments)
+    learned = meta.learned()
+    gradients = torch.autograd.grad(loss, list(learned.values()), allow_unused=True)
+    return loss.detach(), accuracy, {k: g for k,g in zip(learned, gradients) if g is not None}
+
 # %% ../nbs/02_maml.ipynb #0000002c
 def outer_loop(
     forward:Forward, # the network as a function of weights
@@ -229,19 +243,21 @@ def outer_loop(
     first:int=0, # iteration to start from; its episodes are first*n_tasks onwards
     parts:abc.Callable[[int],dict]=lambda iteration: {}, # keyword arguments of `meta_loss` at an iteration
     rate:abc.Callable[[int],float]|None=None, # outer learning rate at an iteration; None: the optimizer's own
+    gradient:abc.Callable[...,tuple[Tensor,Tensor,Weights]]=meta_gradient, # what computes an outer step's gradient
+    clamp:float=0., # bound on each element of the gradient of the network's weights; 0: none
 )->abc.Iterator[Progress]: # endless
     "Meta-training, one outer step at a time"
     for i in itertools.count(first):
         if rate:
             for group in optimizer.param_groups: group['lr'] = rate(i)
-        loss, accuracy = meta_loss(forward, meta, sampler(i*n_tasks, n_tasks), **parts(i))
-        optimizer.zero_grad()
-        loss.backward()
-        gradients = {k: t.grad for k,t in meta.learned().items() if t.grad is not None}
+        loss, accuracy, gradients = gradient(forward, meta, sampler(i*n_tasks, n_tasks), **parts(i))
         norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values()))))
-        if not torch.isfinite(torch.stack([loss.detach(), *norms.values()])).all():
+        if not torch.isfinite(torch.stack([loss, *norms.values()])).all():
             raise Diverged(f'the meta loss or its gradient is not finite at iteration {i} (loss {loss.item()}), '
                            f'{sampler.data.split} episodes {i*n_tasks} to {i*n_tasks+n_tasks-1} of seed {sampler.seed}')
+        network = [g for k,g in gradients.items() if not k.startswith('step_sizes/')]
+        if clamp: torch._foreach_clamp_max_(network, clamp); torch._foreach_clamp_min_(network, -clamp)
+        for k,t in meta.learned().items(): t.grad = gradients.get(k)
         optimizer.step()
         reached = torch.stack([n for k,n in norms.items() if k.startswith('start/')]).norm()
         yield Progress(i, loss.item(), accuracy.item(), reached.item())
@@ -260,14 +276,14 @@ def save_meta(
 def load_meta(
     path:str|Path, # file written by `save_meta`
 )->tuple[MetaParameters,dict]: # the meta-parameters on the CPU, and `about`
-    "Meta-parameters from a file; a damaged one is named"
+    "Meta-parameters from a file, also from one that holds more than them; a damaged one is named"
     try:
         with safe_open(path, 'pt') as f:
             notes, groups = f.metadata(), {g: {} for g in MetaParameters._fields}
             learned = set(json.loads(notes['learned']))
             for k in f.keys():
                 group, name = k.split('/', 1)
-                groups[group][name] = f.get_tensor(k).requires_grad_(k in learned)
+                if group in groups: groups[group][name] = f.get_tensor(k).requires_grad_(k in learned)
     except (SafetensorError, KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} is not a whole checkpoint of meta-parameters ({e})') from e
     return MetaParameters(**groups), json.loads(notes['about'])
 

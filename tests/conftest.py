@@ -7,6 +7,10 @@ import pytest
 import torch
 
 from mamlpp_nb.tasks import ClassImages, find_omniglot, glyphs, omniglot
+from mamlpp_nb.training import Config
+
+small_run = Config(data='glyphs', n_way=3, filters=4, n_steps=2, n_tasks=2, epochs=3, iterations=3, multi_step_epochs=1, first_order_epochs=1,
+                   average=.5, validation_tasks=4, test_tasks=4, keep=2) # a second or two
 
 
 @pytest.fixture(scope='session')

@@ -1,0 +1,120 @@
+"""Stop short runs in every way and go on, until they end: are the weights those of a run never stopped?
+
+    python tests/kill_many.py random FOLDER 50     kill at random moments, this often
+    python tests/kill_many.py files FOLDER         die at the first file operation, the second, ... one run for each
+    python tests/kill_many.py disk FOLDER BYTES    no file may grow beyond this size, then no limit
+
+Prints one line of JSON. Every run is forked from this process, which has everything imported and runs one thread.
+"""
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mamlpp_nb.tasks import glyphs
+from conftest import small_run
+from mamlpp_nb.training import read_metrics, train_run
+
+config = small_run
+
+
+def fork(folder, splits, prepare=lambda: None):
+    "A process that trains; exits with 0 when the run is complete, 1 with an OSError, 3 if it was stopped."
+    child = os.fork()
+    if child: return child
+    try:
+        prepare()
+        status = train_run(config, folder, splits, say=lambda text: None, keep_every=0)
+        os._exit(0 if status == 'complete' else 3)
+    except KeyboardInterrupt: os._exit(3) # came before the run was ready to note it
+    except OSError as e:
+        print(e, flush=True)
+        os._exit(1)
+    except BaseException as e:
+        print(repr(e), file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+def ended(child): return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def same(folder, reference):
+    "Weights, Adam's state, running average, the best models and the log, all but the clock."
+    names = sorted(p.name for p in reference.glob('*.safetensors'))
+    if names != sorted(p.name for p in folder.glob('*.safetensors')) and sorted({*names} - {'previous.safetensors'}) != sorted({p.name for p in folder.glob('*.safetensors')} - {'previous.safetensors'}): return False
+    for name in names:
+        if name == 'previous.safetensors': continue # which one this is depends on when the last stop was
+        a, b = load_file(reference / name), load_file(folder / name)
+        if set(a) != set(b) or not all(torch.equal(a[k], b[k]) for k in a): return False
+    logs = [[{k: v for k, v in row.items() if k not in ('seconds', 'memory_gb')} for row in read_metrics(f)] for f in (reference, folder)]
+    return logs[0] == logs[1] and len(logs[0]) == config.epochs
+
+
+def die_at(n):
+    "Make the n-th file operation from now the last: a write does half of its work, anything else none."
+    done = [0]
+
+    def wrap(owner, name, half=None):
+        whole = getattr(owner, name)
+
+        def operation(*args, **kwargs):
+            done[0] += 1
+            if done[0] == n:
+                if half: half(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(*args, **kwargs)
+        setattr(owner, name, operation)
+    write = Path.write_bytes
+    wrap(Path, 'write_text', lambda path, text: write(path, text.encode()[:len(text) // 2]))
+    wrap(Path, 'write_bytes', lambda path, data: write(path, data[:len(data) // 2]))
+    for owner, name in ((os, 'replace'), (os, 'fsync'), (Path, 'unlink'), (Path, 'mkdir')): wrap(owner, name)
+
+
+def main(kind, folder, *more):
+    torch.set_num_threads(1)
+    folder, splits = Path(folder), {s: d.select(range(30), s) for s, d in glyphs().items()}
+    reference, run, rng = folder / 'reference', folder / 'run', random.Random(0)
+    train_run(config, folder / 'warm', splits, say=lambda text: None) # imports what torch imports late, once for all
+    begin = time.monotonic()
+    assert ended(fork(reference, splits)) == 0
+    length = time.monotonic() - begin
+    said = {'runs': 0, 'stops': 0, 'same': True}
+
+    def complete():
+        said['runs'] += 1
+        if not same(run, reference): said['same'] = False; shutil.copytree(run, folder / f'differs-{said["runs"]}')
+        shutil.rmtree(run)
+    if kind == 'random':
+        while said['stops'] < int(more[0]):
+            child = fork(run, splits)
+            time.sleep(rng.uniform(0, length))
+            number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            os.kill(child, number) # a child that has ended waits to be asked for its exit code
+            code = ended(child)
+            if code == 0: complete()
+            elif code in (-number, 3): said['stops'] += 1 # a signal in the first moments finds no handler yet
+            else: raise SystemExit(f'exit code {code}')
+        if run.exists(): assert ended(fork(run, splits)) == 0; complete()
+    elif kind == 'files':
+        for n in range(1, 10_000):
+            if ended(fork(run, splits, lambda: die_at(n))) == 0: complete(); break
+            said['stops'] += 1
+            assert ended(fork(run, splits)) == 0
+            complete()
+    elif kind == 'disk':
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(more[0]), resource.RLIM_INFINITY))
+        said['code'] = ended(fork(run, splits, limit))
+        assert ended(fork(run, splits)) == 0
+        complete()
+    print(json.dumps(said))
+
+
+if __name__ == '__main__': main(*sys.argv[1:])

@@ -1,0 +1,336 @@
+"Runs that are stopped, damaged, shared and repeated; what a chapter should not carry."
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import small_run
+from mamlpp_nb.maml import Diverged, load_meta, maml_parameters, outer_loop
+from mamlpp_nb.tasks import EpisodeSampler
+from mamlpp_nb.training import (Config, Damaged, best_epochs, configure, first_state, load_state, newest_state, open_run, presets, read_metrics, read_run, replay, save_state,
+                                set_up, test_run as run_test, train_run)
+
+here = Path(__file__).parent
+
+
+def program(*words, **more): return subprocess.run([sys.executable, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, **more)
+
+
+def quiet(text): pass
+
+
+def no_clock(folder): return [{k: v for k, v in r.items() if k not in ('seconds', 'memory_gb')} for r in read_metrics(folder)]
+
+
+def equal(a, b):
+    a, b = load_file(a), load_file(b)
+    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope='module')
+def few(drawn): return {s: d.select(range(30), s) for s, d in drawn.items()}
+
+
+@pytest.fixture(scope='module')
+def done(few, tmp_path_factory):
+    "A short run that was never stopped."
+    folder = tmp_path_factory.mktemp('runs') / 'done'
+    assert train_run(small_run, folder, few, say=quiet) == 'complete'
+    return folder
+
+
+# --- settings
+
+@pytest.mark.parametrize('name, way, shot, target, filters, tasks, inner_lr, annealed, epochs, first_order', [
+    ('omniglot-20w1s', 20, 1, 1, 64, 8, .1, 10, 100, 0), ('omniglot-20w5s', 20, 5, 1, 64, 8, .1, 10, 100, 0), ('omniglot-5w1s', 5, 1, 1, 64, 8, .1, 10, 100, 0),
+    ('omniglot-5w5s-paper', 5, 5, 1, 64, 16, .1, 10, 150, 50), ('omniglot-20w1s-paper', 20, 1, 1, 64, 16, .1, 10, 150, 50),
+    ('mini-imagenet-5w1s', 5, 1, 15, 48, 2, .01, 15, 100, 0), ('mini-imagenet-5w5s', 5, 5, 15, 48, 2, .01, 15, 100, 0), ('mini-imagenet-5w5s-paper', 5, 5, 15, 48, 4, .01, 15, 100, 50)])
+def test_presets_are_the_published_settings(name, way, shot, target, filters, tasks, inner_lr, annealed, epochs, first_order):
+    c = presets[name]
+    assert (c.n_way, c.k_shot, c.n_target, c.filters, c.n_tasks, c.inner_lr, c.multi_step_epochs, c.epochs, c.first_order_epochs) == (way, shot, target, filters, tasks, inner_lr, annealed, epochs, first_order)
+    assert c.iterations == 500 and c.validation_tasks == c.test_tasks == 600 and c.keep == 5 and c.n_steps == 5 and c.beta2 == .999
+    mini = c.data == 'mini-imagenet'
+    assert c.normalise == mini and c.rotate != mini and c.clamp == 10*mini and (c.outer_lr, c.last_outer_lr) == (1e-3, 1e-5)
+
+
+@pytest.mark.parametrize('settings, named', [
+    ({'n_way': 1}, 'at least 2'), ({'epochs': 0}, 'at least 1'), ({'beta2': 1.}, 'below 1'), ({'average': 1.}, 'below 1'), ({'outer_lr': math.nan}, 'finite'), ({'clamp': -1.}, 'at least 0'),
+    ({'rotate': 1}, 'must be a bool'), ({'n_steps': 2.}, 'must be a int'), ({'n_steps': True}, 'must be a int'), ({'precision': 'float16'}, 'float64'), ({'method': 'x'}, 'choose from maml')])
+def test_impossible_settings_are_refused(settings, named):
+    with pytest.raises(ValueError, match=named): configure('omniglot-5w1s', **settings)
+
+
+# --- stopping and going on
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+@pytest.mark.parametrize('words, least', [(('random', '50'), 50), (('files',), 60), (('disk', '12000'), 0)], ids=['50 kills at random moments', 'a death at every file operation', 'no room'])
+def test_a_stopped_run_ends_with_the_weights_of_one_never_stopped(words, least, tmp_path):
+    said = program(str(here / 'kill_many.py'), words[0], str(tmp_path), *words[1:])
+    assert said.returncode == 0, said.stderr
+    result = json.loads(said.stdout.splitlines()[-1])
+    assert result['same'] and result['runs'] > 0 and result['stops'] >= least
+    if words[0] == 'disk': assert result['code'] == 1 and 'make room' in said.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='mounting a small disk needs root')
+def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(few, done, tmp_path):
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if program('-c', f'import subprocess, sys; sys.exit(subprocess.call(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", {str(disk)!r}]))').returncode: pytest.skip('mounting is not allowed here')
+    try:
+        with pytest.raises(OSError, match='make room'): train_run(small_run, disk / 'run', few, say=quiet)
+        subprocess.run(['mount', '-o', 'remount,size=2m', str(disk)], check=True)
+        assert train_run(small_run, disk / 'run', few, say=quiet) == 'complete'
+        assert equal(disk / 'run/last.safetensors', done / 'last.safetensors') and no_clock(disk / 'run') == no_clock(done)
+    finally: subprocess.run(['umount', str(disk)], check=True)
+
+
+def test_out_of_time_then_on(few, done, tmp_path):
+    starts = 0
+    while train_run(small_run, tmp_path / 'run', few, minutes=1e-6, say=quiet) == 'out of time': starts += 1
+    assert starts > 3 and equal(tmp_path / 'run/last.safetensors', done / 'last.safetensors') and no_clock(tmp_path / 'run') == no_clock(done)
+
+
+def test_the_newest_of_two_files_is_damaged(few, done, tmp_path):
+    said = []
+    train_run(small_run, tmp_path, few, minutes=1e-6, say=quiet)
+    train_run(small_run, tmp_path, few, minutes=1e-6, say=quiet)
+    data = bytearray((tmp_path / 'last.safetensors').read_bytes())
+    data[-5] ^= 1
+    (tmp_path / 'last.safetensors').write_bytes(data)
+    assert train_run(small_run, tmp_path, few, say=said.append) == 'complete'
+    assert any('last.safetensors is damaged' in s for s in said) and (tmp_path / 'last.damaged').exists()
+    assert equal(tmp_path / 'last.safetensors', done / 'last.safetensors') and no_clock(tmp_path) == no_clock(done)
+
+
+def test_both_files_are_damaged(few, done, tmp_path):
+    said = []
+    for _ in range(2): train_run(small_run, tmp_path, few, minutes=1e-6, say=quiet)
+    for name in ('last', 'previous'): (tmp_path / f'{name}.safetensors').write_bytes(b'')
+    assert train_run(small_run, tmp_path, few, say=said.append) == 'complete'
+    assert any('beginning from the start' in s for s in said) and equal(tmp_path / 'last.safetensors', done / 'last.safetensors')
+
+
+def test_every_flipped_bit_is_noticed(few, tmp_path):
+    state = first_state(small_run, set_up(small_run, few))
+    save_state(tmp_path / 'a.safetensors', state, {})
+    whole, bad = (tmp_path / 'a.safetensors').read_bytes(), tmp_path / 'b.safetensors'
+    for i in range(0, len(whole), max(1, len(whole) // 150)):
+        bad.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i+1:])
+        with pytest.raises(Damaged, match='b.safetensors'): load_state(bad, first_state(small_run, set_up(small_run, few)))
+
+
+def test_a_checkpoint_of_another_run_is_refused(few, done):
+    other = dataclasses.replace(small_run, filters=5)
+    with pytest.raises(ValueError, match='does not fit'): load_state(done / 'last.safetensors', first_state(other, set_up(other, few)))
+
+
+def test_a_pickle_is_no_checkpoint(few, tmp_path):
+    import pickle
+
+    class Trap:
+        def __reduce__(self): return (Path.touch, (tmp_path / 'it ran',))
+    (tmp_path / 'last.safetensors').write_bytes(pickle.dumps(Trap()))
+    assert newest_state(tmp_path, first_state(small_run, set_up(small_run, few)), quiet) == [tmp_path / 'last.safetensors']
+    with pytest.raises(ValueError): load_meta(tmp_path / 'last.safetensors')
+    assert not (tmp_path / 'it ran').exists()
+
+
+def test_one_folder_one_run(few, done, tmp_path):
+    with pytest.raises(ValueError, match='filters 4 there, 6 asked for'): train_run(dataclasses.replace(small_run, filters=6), done, few, say=quiet)
+    with open_run(tmp_path / 'run', small_run):
+        said = program('-c', f'from mamlpp_nb.training import *; from conftest import small_run; open_run({str(tmp_path / "run")!r}, small_run).__enter__()', cwd=here)
+    assert said.returncode and 'a run is going on' in said.stderr
+
+
+# --- what is kept
+
+def test_metrics_and_best_epochs(done):
+    rows = read_metrics(done)
+    assert [r['epoch'] for r in rows] == list(range(small_run.epochs)) and [r['iteration'] for r in rows] == [small_run.iterations*(e+1) for e in range(small_run.epochs)]
+    for r in rows:
+        assert len(r['losses']) == small_run.iterations and abs(sum(r['losses'])/len(r['losses']) - r['loss']) < 1e-9 and abs(sum(r['loss_weights']) - 1) < 1e-9
+        assert len(r['validation']['accuracy']) == small_run.n_steps+1 and r['memory_gb'] > 0 and r['largest_gradient_norm'] >= r['gradient_norm'] > 0
+        assert r['second_order'] == (r['epoch'] >= small_run.first_order_epochs)
+        assert all(len(a) == small_run.n_steps for k, a in r['step_sizes'].items() if k == 'head.weight')
+    assert rows[0]['outer_lr'] > rows[-1]['outer_lr'] and rows[0]['seconds'] < rows[-1]['seconds']
+    kept = {p.stem for p in done.glob('best-*.safetensors')}
+    assert kept == {f'best-epoch-{e:03d}' for e in best_epochs(rows, small_run.keep)} and len(kept) == small_run.keep
+
+
+def test_best_epochs_prefers_the_earlier_of_equals():
+    rows = [{'epoch': e, 'validation': {'accuracy': [.9, a]}} for e, a in enumerate((.5, .7, .7, .6))]
+    assert best_epochs(rows, 3) == [1, 2, 3]
+
+
+def test_the_running_average_is_what_its_formula_says(few, tmp_path):
+    config = dataclasses.replace(small_run, epochs=1, iterations=4, average=.8)
+    a, b = set_up(config, few), set_up(config, few)
+    train_run(config, tmp_path, few, say=quiet)
+    state = first_state(config, a)
+    load_state(tmp_path / 'last.safetensors', state)
+    from mamlpp_nb.training import _outer
+    plain = first_state(dataclasses.replace(config, average=0.), b)
+    loop, mean = _outer(config, b, plain), {k: t.detach().clone() for k, t in b.meta.learned().items()}
+    for _ in range(4):
+        next(loop)
+        mean = {k: .8*m + .2*b.meta.learned()[k].detach() for k, m in mean.items()}
+    for k in mean: assert torch.allclose(mean[k], state.average[k], atol=1e-6)
+    assert torch.allclose(state.model.start['head.weight'], mean['start/head.weight'], atol=1e-6) and not torch.equal(state.model.start['head.weight'], state.meta.start['head.weight'])
+
+
+def test_last_opens_as_meta_parameters(done):
+    meta, about = load_meta(done / 'last.safetensors')
+    assert about['config'] == dataclasses.asdict(small_run) and set(meta.step_sizes) == set(meta.start)
+
+
+def test_clamp_bounds_the_network_and_not_the_step_sizes(few):
+    deal = EpisodeSampler(few['train'], 3)
+
+    class Look(torch.optim.SGD):
+        def step(self): self.seen = {k: t.grad.abs().max().item() for k, t in meta.learned().items() if t.grad is not None}
+    setup = set_up(small_run, few)
+    meta, largest = setup.meta, []
+    for clamp in (0., 1e-3):
+        optimizer = Look(meta.learned().values(), lr=1.)
+        next(outer_loop(setup.forward, meta, deal, optimizer, 2, clamp=clamp))
+        largest.append(optimizer.seen)
+    assert all(v < 1.0001e-3 for k, v in largest[1].items() if not k.startswith('step_sizes')) and max(v for k, v in largest[0].items() if not k.startswith('step_sizes')) > 1e-3
+    assert {k: v for k, v in largest[0].items() if k.startswith('step_sizes')} == {k: v for k, v in largest[1].items() if k.startswith('step_sizes')}
+
+
+def test_colours_are_normalised_once(few):
+    grey = few['train']
+    from mamlpp_nb.tasks import ClassImages
+    colour = {s: ClassImages(d.images[:600].expand(-1, 3, -1, -1).contiguous(), [20]*30, d.names, s) for s, d in few.items()}
+    config = dataclasses.replace(small_run, normalise=True, rotate=False)
+    a, b = set_up(config, colour), set_up(dataclasses.replace(config, normalise=False), colour)
+    x = torch.rand(4, 3, 28, 28)
+    mean, std = torch.tensor([.485, .456, .406])[:, None, None], torch.tensor([.229, .224, .225])[:, None, None]
+    assert torch.allclose(a.net(x), b.net((x-mean)/std), atol=1e-5)
+    with pytest.raises(ValueError, match='colour'): set_up(config, few)
+
+
+# --- testing, repeating, breaking
+
+def test_any_steps_any_norm_any_relabelling(few, done):
+    plain = run_test(done, few)
+    assert set(plain['norms']) == {'targets', 'support', 'running'} and plain['n_tasks'] == small_run.test_tasks and plain['tasks_per_second'] > 0
+    assert plain['models'] == [f'best-epoch-{e:03d}' for e in best_epochs(read_metrics(done), small_run.keep)]
+    longer = run_test(done, few, n_steps=6, norms=('targets',), n_tasks=8)
+    assert len(longer['norms']['targets']['single']['accuracy']) == 7 and set(longer['norms']) == {'targets'}
+    again = run_test(done, few, norms=('targets',))
+    assert again['norms']['targets'] == plain['norms']['targets']
+    with pytest.raises(ValueError, match="choose from 'val', 'test'"): run_test(done, few, split='train')
+    with pytest.raises(ValueError, match='choose from targets'): run_test(done, few, norms=('target',))
+    with pytest.raises(ValueError, match='from 1 to 3'): run_test(done, few, n_permutations=4)
+
+
+def test_a_damaged_model_is_left_out_and_named(few, done, tmp_path):
+    import shutil
+    copy, said = Path(shutil.copytree(done, tmp_path / 'copy')), []
+    worst = sorted(copy.glob('best-*.safetensors'))[-1]
+    worst.write_bytes(worst.read_bytes()[:-1])
+    assert len(run_test(copy, few, norms=('targets',), say=said.append)['models']) == small_run.keep-1 and worst.name in said[0]
+
+
+def test_relabelling_changes_nothing_where_the_head_treats_labels_alike(few, done):
+    "A head of zeros treats all labels alike, so each relabelling must give the same logits."
+    from mamlpp_nb.evaluation import step_logits
+    from mamlpp_nb.per_step_norm import predict_targets
+    config = dataclasses.replace(small_run, precision='float64')
+    setup = set_up(config, few)
+    meta = maml_parameters(setup.net)
+    meta.start['head.weight'].data.zero_()
+    e = setup.test(0, 2)
+    one, all3 = (step_logits(setup.forward, meta, e, {'targets': predict_targets(setup.net)}, 2, n)['targets'] for n in (1, 3))
+    assert torch.allclose(one, all3, atol=1e-10) and one[-1].std() > 1e-3
+
+
+def test_every_iteration_on_record_replays(few, done):
+    recorded = [l for r in read_metrics(done) for l in r['losses']]
+    for i, loss in enumerate(recorded):
+        again = replay(done, i, few)
+        assert again['loss'] == again['recorded'] == loss and len(again['tasks']) == small_run.n_tasks
+        assert abs(sum(t['loss'] for t in again['tasks'])/small_run.n_tasks - loss) < 1e-5
+    with pytest.raises(ValueError, match='iteration must be'): replay(done, len(recorded), few)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_repeated(few, tmp_path):
+    wild = dataclasses.replace(small_run, method='maml', outer_lr=1e20, average=0., epochs=1)
+    with pytest.raises(Diverged, match=r'iteration \d+.*mamlpp replay') as e: train_run(wild, tmp_path, few, say=quiet)
+    state = first_state(wild, set_up(wild, few))
+    newest_state(tmp_path, state)
+    assert f'iteration {state.iteration} ' in str(e.value) and all(t.isfinite().all() for t in state.meta.learned().values())
+    again = replay(tmp_path, state.iteration, few)
+    assert not all(math.isfinite(t['loss'] + t['gradient_norm']) for t in again['tasks'])
+
+
+def test_evaluation_takes_few_tasks_at_a_time(few, done):
+    from mamlpp_nb.evaluation import test_models
+    setup, asked = set_up(small_run, few), []
+
+    class Spy:
+        device = 'cpu'
+        def __call__(self, first, n): asked.append(n); return setup.test(first, n)
+    test_models(setup.net, [setup.meta], Spy(), 21, 2, portion=5)
+    assert asked == [5, 5, 5, 5, 1]
+
+
+# --- the program
+
+small_words = '--data glyphs --n_way 3 --filters 4 --n_steps 2 --n_tasks 3 --epochs 2 --iterations 4 --validation_tasks 5 --test_tasks 5 --keep 2 --device cpu'.split()
+
+
+def test_signals_end_with_their_exit_codes(tmp_path):
+    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words, '--iterations', '100000', '--out', str(tmp_path / 'run')]
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = subprocess.Popen([sys.executable, '-u', *words], stdout=subprocess.PIPE, text=True)
+        while (line := process.stdout.readline()) and 'in ' not in line: pass
+        last, before = tmp_path / 'run/last.safetensors', None
+        time.sleep(8)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == code and 'the same command goes on' in out and last.exists()
+    assert len(read_run(tmp_path / 'run')['starts']) == 2
+
+
+def test_two_processes_learn_what_one_does_and_either_goes_on_with_the_others_run(tmp_path):
+    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words, '--precision', 'float64']
+    two = ['-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', *words]
+    for start, more in ((words, ['--out', 'one']), (two, ['--out', 'two', '--json']), (two, ['--out', 'both', '--minutes', '1e-6']), (words, ['--out', 'both'])):
+        said = program(*start, *more, cwd=tmp_path)
+        assert said.returncode == 0 or '--minutes' in more, said.stderr
+        if '--json' in more: assert json.loads(next(l for l in said.stdout.splitlines() if l.startswith('{')))['status'] == 'complete'
+    one, two, both = (load_file(tmp_path / name / 'last.safetensors') for name in ('one', 'two', 'both'))
+    whole = torch.cat([t.flatten() for k, t in one.items() if k.startswith('start/')]).norm()
+    for other in (two, both):
+        assert set(one) == set(other)
+        assert torch.cat([(t - other[k]).flatten() for k, t in one.items() if k.startswith('start/')]).norm() < 1e-9*whole
+    assert len(read_run(tmp_path / 'both')['starts']) == 2
+    assert read_run(tmp_path / 'one')['test']['norms'] == read_run(tmp_path / 'two')['test']['norms']
+
+
+def test_the_same_command_goes_on_and_another_gets_another_folder(tmp_path):
+    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words]
+    assert program(*words, '--minutes', '1e-6', cwd=tmp_path).returncode == 3
+    assert program(*words, cwd=tmp_path).returncode == 0
+    assert program(*words, '--seed', '1', '--method', 'maml', '--tensorboard', cwd=tmp_path).returncode == 0
+    listed = json.loads(program('-m', 'mamlpp_nb.cli', 'runs', '--json', cwd=tmp_path).stdout)
+    assert len(listed) == 2 and {r['status'] for r in listed} == {'complete'} and {r['config']['seed'] for r in listed} == {0, 1}
+    assert all(Path(r['folder']).name.startswith(f"omniglot-5w1s-{r['config']['method']}-seed{r['config']['seed']}") for r in listed)
+    maml = tmp_path / next(r['folder'] for r in listed if r['config']['method'] == 'maml')
+    assert list((maml / 'tensorboard').glob('events*'))
+    shown = program('-m', 'mamlpp_nb.cli', 'show', str(maml))
+    assert shown.returncode == 0 and 'complete' in shown.stdout and (maml / 'curve.png').stat().st_size > 1000
+    tested = json.loads(program('-m', 'mamlpp_nb.cli', 'evaluate', str(maml), '--json', '--steps', '3', '--norm', 'support', '--device', 'cpu').stdout.splitlines()[-1])
+    assert tested['n_steps'] == 3 and list(tested['norms']) == ['support']
