@@ -51,7 +51,7 @@ def test_models(
     norms:abc.Sequence[str]=('targets',), # how targets are normalised, names in `target_norms`
     n_permutations:int=1, # relabellings to average over
     gather:EpisodeSampler|None=None, # meta-training tasks for the statistics that 'running' needs
-    portion:int=4, # tasks at a time; changes speed and memory, not results
+    portion:int=4, # tasks at a time; changes speed and memory, and results only by rounding
     world:World=World(), # processes that share the work
 )->dict[str,dict[str,Evaluation]]: # for each norm, 'single': the first model, 'ensemble': the mean of all models' logits
     "Accuracy of the best model and of the ensemble of all"

@@ -343,11 +343,11 @@ def evaluate(
 )->Evaluation:
     "Adapt to each task and grade it after every step"
     predict = predict or (lambda weights, episodes: forward(weights, episodes.target_x))
-    def right(episodes, fast, i): return (predict(at_step(meta, fast, i), episodes).argmax(-1) == episodes.target_y).float().mean(1)
+    def right(episodes, fast, i): return (predict(at_step(meta, fast, i), episodes).argmax(-1) == episodes.target_y).double().mean(1)
     grades = []
     for first in range(0, n_tasks, portion):
         e = sampler(first, min(portion, n_tasks-first))
         before = {k: w.expand(len(e), *w.shape) for k,w in meta.start.items()}
         after = inner_loop(forward, meta, e.support_x, e.support_y, n_steps, second_order=False)
         grades.append(torch.stack([right(e, before, 0), *(right(e, fast, i) for i,fast in enumerate(after))], 1))
-    return Evaluation(torch.cat(grades).cpu().double())
+    return Evaluation(torch.cat(grades).cpu())

@@ -151,3 +151,56 @@ def test_an_unknown_data_set_is_refused_with_the_choices():
 def test_the_data_root_is_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv('MAMLPP_DATA', str(tmp_path))
     assert tasks.data_root() == tmp_path and characters()[0] == 'glyphs'
+
+
+def photo(seed, size=(84, 84)):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(buffer, 'jpeg')
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize('layout', ['folders', 'a zip per split', 'several zips of a split'])
+def test_mini_imagenet_in_the_layouts_people_have(layout, tmp_path, own_cache):
+    n_classes = {'train': 4, 'val': 2, 'test': 3}
+    for split, n in n_classes.items():
+        for c in range(n):
+            for i in range(2):
+                name, part = f'{split}/n{split}{c}/{i}.jpg', '_' + str(c % 2) if layout.startswith('several') else ''
+                if layout == 'folders':
+                    (tmp_path / 'mini_imagenet' / name).parent.mkdir(parents=True, exist_ok=True)
+                    (tmp_path / 'mini_imagenet' / name).write_bytes(photo(10*c + i))
+                else:
+                    (tmp_path / 'mini_imagenet').mkdir(exist_ok=True)
+                    with zipfile.ZipFile(tmp_path / f'mini_imagenet/{split}{part}.zip', 'a') as z: z.writestr(name, photo(10*c + i))
+    for _ in range(2): # decoded, then from the cache
+        splits = tasks.mini_imagenet(tmp_path)
+        assert {s: len(d) for s, d in splits.items()} == n_classes and {s: d.split for s, d in splits.items()} == {s: s for s in n_classes}
+        assert splits['train'].names == ('ntrain0', 'ntrain1', 'ntrain2', 'ntrain3') and splits['test'].images.shape == (6, 3, 84, 84)
+        expected = np.asarray(Image.open(io.BytesIO(photo(11)))).transpose(2, 0, 1)
+        assert (splits['train'].of_class(1)[1].numpy() == expected).all()
+
+
+def test_missing_data_sets_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv('MAMLPP_DATA', str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='train_0.zip'): tasks.load_data('mini-imagenet')
+    with pytest.raises(ValueError, match="'omniglot', 'glyphs', 'mini-imagenet'"): tasks.load_data('mnist')
+
+
+def test_a_small_zip_that_holds_gigabytes_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('a/b.png', bytes(100_000_000))
+    assert (tmp_path / 'bomb.zip').stat().st_size < 200_000
+    with pytest.raises(ValueError, match='b.png.*100 MB, more than'): read_images(list_images(tmp_path / 'bomb.zip'))
+
+
+def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(tmp_path):
+    (tmp_path / 'a').mkdir()
+    Image.new('1', (9_000, 9_000)).save(tmp_path / 'a/huge.png')
+    assert (tmp_path / 'a/huge.png').stat().st_size < 1_000_000
+    with pytest.raises(ValueError, match='huge.png.*9000x9000 pixels'): read_images(list_images(tmp_path), 28)
+
+
+def test_paths_in_an_archive_lead_nowhere(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as z: z.writestr('../../outside/evil.png', drawings[0])
+    before = {p for p in tmp_path.parent.rglob('*')}
+    assert len(read_images(list_images(tmp_path / 'a.zip'), 28)) == 1
+    assert {p for p in tmp_path.parent.rglob('*')} == before

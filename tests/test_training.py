@@ -312,10 +312,11 @@ def test_two_processes_learn_what_one_does_and_either_goes_on_with_the_others_ru
         assert said.returncode == 0 or '--minutes' in more, said.stderr
         if '--json' in more: assert json.loads(next(l for l in said.stdout.splitlines() if l.startswith('{')))['status'] == 'complete'
     one, two, both = (load_file(tmp_path / name / 'last.safetensors') for name in ('one', 'two', 'both'))
-    whole = torch.cat([t.flatten() for k, t in one.items() if k.startswith('start/')]).norm()
     for other in (two, both):
         assert set(one) == set(other)
-        assert torch.cat([(t - other[k]).flatten() for k, t in one.items() if k.startswith('start/')]).norm() < 1e-9*whole
+        for k, t in one.items():
+            idle = k.startswith('start/conv') and k.endswith('bias') # before batch norm: rounding that Adam blows up
+            if k.startswith(('start/', 'per_step/', 'step_sizes/')) and not idle: assert (t - other[k]).norm() <= 1e-11*t.norm()
     assert len(read_run(tmp_path / 'both')['starts']) == 2
     assert read_run(tmp_path / 'one')['test']['norms'] == read_run(tmp_path / 'two')['test']['norms']
 
