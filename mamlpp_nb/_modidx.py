@@ -250,5 +250,6 @@ d = { 'settings': { 'branch': 'main',
                                     'mamlpp_nb.training.replay': ('training.html#replay', 'mamlpp_nb/training.py'),
                                     'mamlpp_nb.training.save_state': ('training.html#save_state', 'mamlpp_nb/training.py'),
                                     'mamlpp_nb.training.set_up': ('training.html#set_up', 'mamlpp_nb/training.py'),
+                                    'mamlpp_nb.training.task_by_task': ('training.html#task_by_task', 'mamlpp_nb/training.py'),
                                     'mamlpp_nb.training.test_run': ('training.html#test_run', 'mamlpp_nb/training.py'),
                                     'mamlpp_nb.training.train_run': ('training.html#train_run', 'mamlpp_nb/training.py')}}}

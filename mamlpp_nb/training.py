@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['presets', 'Config', 'configure', 'Setup', 'set_up', 'State', 'first_state', 'Damaged', 'save_state', 'load_state',
            'open_run', 'read_config', 'keep_state', 'newest_state', 'read_metrics', 'best_epochs', 'portion_of',
-           'noted_signals', 'Reporter', 'train_run', 'load_models', 'test_run', 'replay', 'read_run', 'plot_run']
+           'noted_signals', 'Reporter', 'train_run', 'task_by_task', 'load_models', 'test_run', 'replay', 'read_run',
+           'plot_run']
 
 # %% ../nbs/08_training.ipynb #00000003
 import collections.abc as abc, contextlib, dataclasses, hashlib, json, math, os, signal, threading, time
@@ -454,10 +455,23 @@ def _finish_epoch(config, folder, state, rows)->None: # in an order in which any
     keep_state(folder, state, config)
     _forget_others(folder, rows, config)
 
+def task_by_task(
+    config:Config, # the settings
+    setup:Setup, # what they stand for
+    state:State, # as it is before the outer step it will take next
+)->list[dict]: # 'episode', 'loss' and 'gradient_norm' of each of the step's tasks
+    "What each task contributes to an outer step"
+    arguments = loss_parts(find_method(config.method), config.schedule, state.iteration//config.iterations, config.n_steps)
+    episodes = range(state.iteration*config.n_tasks, (state.iteration+1)*config.n_tasks)
+    found = [(i, *meta_gradient(setup.forward, state.meta, setup.deal(i), **arguments)) for i in episodes]
+    return [{'episode': i, 'loss': loss.item(), 'gradient_norm': torch.stack([g.norm() for g in gradients.values()]).norm().item()} for i,loss,_,gradients in found]
+
 def _diverged(e, config, folder, setup, state, world)->Diverged: # the same, saying more
-    if world.rank == 0 and all(t.isfinite().all() for t in state.meta.learned().values()): keep_state(folder, state, config)
-    return Diverged(f'{e}. The last good state, before that step, is in {folder/"last.safetensors"}; '
-                    f'mamlpp replay {folder} --iteration {state.iteration} shows which episode it was')
+    good = all(t.isfinite().all() for t in state.meta.learned().values())
+    if world.rank == 0 and good: keep_state(folder, state, config)
+    bad = [str(t['episode']) for t in task_by_task(config, setup, state) if not math.isfinite(t['loss'] + t['gradient_norm'])]
+    return Diverged(f'{e}; of these, not finite by themselves: {", ".join(bad) or "none"}. The last good state{", before that step," if good else ""} is in {folder/"last.safetensors"}; '
+                    f'mamlpp replay {folder} --iteration {state.iteration} repeats the step')
 
 # %% ../nbs/08_training.ipynb #00000031
 def load_models(
@@ -517,12 +531,10 @@ def replay(
         _take(state, p, config)
         if state.iteration == iteration: break
     arguments = loss_parts(find_method(config.method), config.schedule, iteration//config.iterations, config.n_steps)
-    first = iteration*config.n_tasks
-    whole = meta_gradient(setup.forward, state.meta, setup.deal(first, config.n_tasks), **arguments)
-    tasks = [meta_gradient(setup.forward, state.meta, setup.deal(i), **arguments) for i in range(first, first+config.n_tasks)]
+    whole = meta_gradient(setup.forward, state.meta, setup.deal(iteration*config.n_tasks, config.n_tasks), **arguments)
     rows = read_metrics(folder)
     return {'iteration': iteration, 'from': source, 'loss': whole[0].item(), 'recorded': next((r['losses'][iteration % config.iterations] for r in rows if r['epoch'] == iteration//config.iterations), None),
-            'tasks': [{'episode': first+i, 'loss': loss.item(), 'gradient_norm': torch.stack([g.norm() for g in gradients.values()]).norm().item()} for i,(loss,_,gradients) in enumerate(tasks)]}
+            'tasks': task_by_task(config, setup, state)}
 
 def _state_before(folder:Path, iteration:int, config:Config, setup:Setup)->tuple[State,str]: # and the name of its file
     found = [(0, 'the start', first_state(config, dataclasses.replace(setup, meta=_copy(setup.meta))))]
@@ -556,6 +568,7 @@ def plot_run(
     accuracy, ci95 = (100*np.array([r['validation'][k][-1] for r in rows]) for k in ('accuracy','ci95'))
     middle.plot(epochs, [100*r['accuracy'] for r in rows], '.-', color='.6', label='training')
     middle.plot(epochs, accuracy, 'C0.-', label='validation'); middle.fill_between(epochs, accuracy-ci95, accuracy+ci95, alpha=.2)
+    middle.xaxis.get_major_locator().set_params(integer=True)
     middle.set(xlabel='epoch', ylabel='target accuracy (%)'); middle.legend(frameon=False)
     tables = rows[-1]['step_sizes']
     if any(len(a) > 1 for a in tables.values()): plot_step_sizes(tables, right); right.set_xticks([]); right.set_title('')
