@@ -55,9 +55,11 @@ def plot_step_sizes(
     tables = {k: torch.as_tensor(a).detach().flatten() for k,a in tables.items() if len(a) > 1}
     if not tables: raise ValueError('no table has a row per step: nothing was learned per layer and step')
     ax = ax or plt.subplots(figsize=(8,2.8), layout='constrained')[1]
-    n_steps, n_layers = len(next(iter(tables.values()))), len(tables)
-    unrolled = torch.stack(list(tables.values()), 1).flatten()
-    ax.plot(range(n_steps*n_layers), unrolled, **{'marker': 'o', 'ms': 3, 'lw': .8, **line})
+    n_steps, n_layers, drawn = len(next(iter(tables.values()))), len(tables), bool(ax.lines)
+    gaps = range(n_layers, n_steps*n_layers, n_layers) # steps are not joined
+    x, unrolled = (np.insert(np.asarray(v, float), gaps, np.nan) for v in (range(n_steps*n_layers), torch.stack(list(tables.values()), 1).flatten().cpu()))
+    ax.plot(x, unrolled, **{'marker': 'o', 'ms': 3, 'lw': .8, **line})
+    if drawn: return ax # the frame is there already
     for i in range(1, n_steps): ax.axvline(i*n_layers - .5, color='.8', lw=.8)
     ax.axhline(0, color='.5', lw=.8)
     ax.set_xticks(range(n_steps*n_layers), [k.replace('.weight','') for k in tables]*n_steps, rotation=90, fontsize=6)

@@ -550,9 +550,11 @@ def read_run(
 )->dict: # config, starts, metrics (a list), test (None if it hasn't been), 'epochs' done and 'status': 'complete' or 'unfinished'
     "A run as plain values, whether it goes on, is finished, or has stopped"
     config, starts = read_config(folder)
-    rows, tested = read_metrics(folder), Path(folder)/'test.json'
+    rows, path = read_metrics(folder), Path(folder)/'test.json'
+    try: tested = json.loads(path.read_text()) if path.exists() else None
+    except json.JSONDecodeError as e: raise ValueError(f'{path} is damaged ({e}); remove it, and `mamlpp train` makes it again') from e
     return {'folder': str(folder), 'config': dataclasses.asdict(config), 'starts': starts, 'metrics': rows, 'epochs': len(rows),
-            'test': json.loads(tested.read_text()) if tested.exists() else None, 'status': 'complete' if len(rows) == config.epochs and tested.exists() else 'unfinished'}
+            'test': tested, 'status': 'complete' if len(rows) == config.epochs and tested else 'unfinished'}
 
 def plot_run(
     run:dict, # from `read_run`
