@@ -7,7 +7,7 @@ __all__ = ['step_size_kinds', 'step_size_tables', 'plot_step_sizes']
 
 # %% ../nbs/06_step_sizes.ipynb #00000003
 import collections.abc as abc
-import matplotlib.pyplot as plt, torch
+import matplotlib.pyplot as plt, numpy as np, torch
 from .network import Weights
 from .maml import MetaParameters
 
