@@ -4,8 +4,9 @@
     python tests/kill_many.py files FOLDER         die at the first file operation, the second, ... one run for each
     python tests/kill_many.py disk FOLDER BYTES    no file may grow beyond this size, then no limit
 
-Prints one line of JSON. Every run is forked from this process, which has everything imported and runs one thread.
+Prints one line of JSON. Every run is forked from this process, which has everything imported and starts no thread.
 """
+import faulthandler
 import json
 import os
 import random
@@ -15,6 +16,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[name] = '1' # a fork keeps no thread but its own
 
 import torch
 from safetensors.torch import load_file
@@ -43,7 +46,15 @@ def fork(folder, splits, prepare=lambda: None):
         os._exit(2)
 
 
-def ended(child): return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def ended(child, most=60):
+    "Exit code; a child that takes longer than `most` seconds shows where it hangs."
+    for _ in range(100 * most):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid: return os.waitstatus_to_exitcode(status)
+        time.sleep(.01)
+    os.kill(child, signal.SIGABRT) # faulthandler prints the stack
+    os.waitpid(child, 0)
+    raise SystemExit(f'a child hung for {most} s')
 
 
 def same(folder, reference):
@@ -80,6 +91,7 @@ def die_at(n):
 
 def main(kind, folder, *more):
     torch.set_num_threads(1)
+    faulthandler.enable()
     folder, splits = Path(folder), {s: d.select(range(30), s) for s, d in glyphs().items()}
     reference, run, rng = folder / 'reference', folder / 'run', random.Random(0)
     train_run(config, folder / 'warm', splits, say=lambda text: None) # imports what torch imports late, once for all

@@ -233,7 +233,7 @@ def test_evaluation_grades_every_step_and_does_not_depend_on_portions(drawn):
     e = sampler(4)
     *_, fast = inner_loop(forward, meta, e.support_x, e.support_y, 2, second_order=False)
     logits = forward({**fast, **{k: t for k, t in meta.per_step.items()}}, e.target_x)
-    assert whole.per_task[4, 2] == (logits.argmax(-1) == e.target_y).float().mean()
+    assert whole.per_task[4, 2] == (logits.argmax(-1) == e.target_y).double().mean()
     assert whole.accuracy == whole.per_task.mean(0).tolist()
 
 

@@ -22,7 +22,7 @@ from mamlpp_nb.training import (Config, Damaged, best_epochs, configure, first_s
 here = Path(__file__).parent
 
 
-def program(*words, **more): return subprocess.run([sys.executable, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, **more)
+def program(*words, **more): return subprocess.run([sys.executable, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, **more)
 
 
 def quiet(text): pass
