@@ -11,7 +11,7 @@ import collections.abc as abc, dataclasses, math
 import torch
 from torch import nn, Tensor
 from .tasks import EpisodeSampler
-from .maml import Forward, MetaParameters, Progress, maml_parameters, outer_loop
+from .maml import Forward, MetaParameters, Progress, maml_parameters, meta_gradient, outer_loop
 from .multi_step import multi_step_weights
 from .per_step_norm import per_step_norm
 from .diagnostics import idle_parameters
@@ -118,8 +118,9 @@ def method_loop(
     n_steps:int=5, # inner steps K
     n_tasks:int=4, # tasks per outer step
     first:int=0, # iteration to start from
+    gradient:abc.Callable=meta_gradient, # what computes an outer step's gradient
 )->abc.Iterator[Progress]: # endless
     "Meta-training by a method: `outer_loop` with everything that is annealed"
     adam = torch.optim.Adam(meta.learned().values(), lr=schedule.outer_lr)
     return outer_loop(forward, meta, sampler, adam, n_tasks, first, lambda i: loss_parts(method, schedule, epoch_of(i), n_steps),
-                      lambda i: outer_rate(method, schedule, epoch_of(i)))
+                      lambda i: outer_rate(method, schedule, epoch_of(i)), gradient)

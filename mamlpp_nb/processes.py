@@ -10,7 +10,6 @@ import collections.abc as abc, dataclasses, os
 from datetime import timedelta
 import torch, torch.distributed as dist
 from torch import Tensor
-from .tasks import Episodes
 from .maml import meta_gradient
 
 # %% ../nbs/a4_processes.ipynb #00000006
@@ -67,8 +66,7 @@ def shared_gradient(
     def reduced(forward, meta, episodes, **arguments):
         own = own_share(len(episodes), world)
         weight, own = len(own)/len(episodes), own or range(1) # more processes than tasks: compute one that counts nothing, to know the shapes
-        part = Episodes(**{f.name: getattr(episodes, f.name)[own.start:own.stop] for f in dataclasses.fields(Episodes)})
-        loss, accuracy, gradients = gradient(forward, meta, part, **arguments)
+        loss, accuracy, gradients = gradient(forward, meta, episodes[own.start:own.stop], **arguments)
         loss, accuracy, *sums = sum_over(world, [weight*t for t in (loss, accuracy.to(loss.dtype), *gradients.values())])
         return loss, accuracy, dict(zip(gradients, sums))
     return reduced

@@ -390,6 +390,7 @@ class Episodes:
     turns:Tensor     # (tasks, way), quarter turns applied to each class
 
     def __len__(self): return len(self.support_x)
+    def __getitem__(self, tasks:slice): return Episodes(*(getattr(self, f.name)[tasks] for f in dataclasses.fields(self))) # some of the tasks
 
 # %% ../nbs/00_tasks.ipynb #00000039
 class EpisodeSampler:
