@@ -65,11 +65,11 @@ def _walk(calculus, **settings): return lambda forward, meta, episodes, **argume
 ways = {'naive': _naive,                                  # a loop over tasks
         'autograd': lambda net: meta_gradient,            # a batch of tasks, differentiated as it stands
         'adjoint': lambda net: _walk(autograd_calculus),  # the inner loop backwards, for any network
-        'adjoint, recomputed': lambda net: _walk(autograd_calculus, recompute=True),
+        'adjoint recomputed': lambda net: _walk(autograd_calculus, recompute=True),
         'written out': lambda net: fast_gradient(net),    # for Conv4
         'fast': lambda net: fast_gradient(net, compiled=True), # the same, compiled
-        'fast, recomputed': lambda net: fast_gradient(net, compiled=True, recompute=True),
-        'fast, four tasks at a time': lambda net: _walk(lambda forward, c=conv4_calculus(net, True): c._replace(portion=4))}
+        'fast recomputed': lambda net: fast_gradient(net, compiled=True, recompute=True),
+        'fast by fours': lambda net: _walk(lambda forward, c=conv4_calculus(net, True): c._replace(portion=4))}
 
 def outer_step(
     workload:Workload, # its size
