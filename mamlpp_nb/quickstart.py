@@ -18,6 +18,7 @@ from .network import Conv4, task_batched
 from .maml import MetaParameters, at_step, evaluate, inner_loop, load_meta, train
 from .per_step_norm import gather_statistics, predict_targets
 from .mamlpp import Schedule, find_method, method_loop, method_parameters, methods, parts
+from .speed import fast_gradient, operations, worth_compiling
 
 # %% ../nbs/a0_quickstart.ipynb #00000006
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,9 @@ def run_quickstart(
     forward, meta = task_batched(net), method_parameters(method, net, deal(0).support_x[0], config.n_steps, config.inner_lr)
     test = EpisodeSampler(test_set, config.n_way, config.k_shot, 1, config.seed)
     untrained, begin_training = evaluate(forward, meta, test, config.test_tasks, config.n_steps), time.monotonic()
-    loop = method_loop(method, forward, meta, deal, config.schedule, clock, config.n_steps, config.n_tasks)
+    step = operations(net, test_set.images.shape[-1], config.n_way*config.k_shot, config.n_way*config.n_target, config.n_tasks, config.n_steps)
+    compiled = minutes >= 1 if minutes else worth_compiling(step*iterations)
+    loop = method_loop(method, forward, meta, deal, config.schedule, clock, config.n_steps, config.n_tasks, gradient=fast_gradient(net, compiled))
     history = train(loop, meta, iterations, None if iterations else 60*minutes, folder/'meta.safetensors', dataclasses.asdict(config))
     trained = time.monotonic()
     graded = gather_statistics(net, meta, deal, config.test_tasks, config.n_steps) if 'running' in config.tests else meta

@@ -7,7 +7,7 @@ __all__ = ['operations', 'Calculus', 'autograd_calculus', 'adjoint_gradient', 'c
            'worth_compiling']
 
 # %% ../nbs/09_speed.ipynb #00000003
-import collections.abc as abc, os, sys
+import collections.abc as abc, logging, os, sys
 from typing import Any, NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -67,10 +67,12 @@ def autograd_calculus(
 # %% ../nbs/09_speed.ipynb #00000017
 def _detached(meta): return MetaParameters(*({k: t.detach() for k,t in table.items()} for table in meta))
 
-def _add_to_row(total, table, i, terms, sign=1): # the rows a step reads collect its derivatives, summed over tasks
-    for k,t in terms.items():
+def _add_to(u, terms, sign): torch._foreach_add_(list(u.values()), [terms[k] for k in u], alpha=sign)
+
+def _add_to_row(total, table, i, names, term, sign=1): # the rows a step reads collect its derivatives, summed over tasks
+    for k in names:
         name = f'{table}/{k}'
-        if name in total: r = total[name][min(i, len(total[name])-1)]; r.add_(t.sum(0).sum_to_size(r.shape), alpha=sign)
+        if name in total: r = total[name][min(i, len(total[name])-1)]; r.add_(term(k).sum(0).sum_to_size(r.shape), alpha=sign)
 
 @torch.no_grad()
 def adjoint_gradient(
@@ -97,22 +99,23 @@ def _walk(calculus, meta, e, weights, second_order, recompute, total, n_tasks): 
     for i,weight in enumerate(weights): # forwards: the inner loop
         at, alpha, target = at_step(meta, fast, i), row(meta.step_sizes, i), None
         _, _, g, kept = calculus.gradient(at, x, e.support_y)
-        fast = {k: w - alpha[k]*g[k] if k in g else w for k,w in fast.items()}
+        fast = {k: (g[k]*-alpha[k]).add_(w) if k in g else w for k,w in fast.items()} # laid out in memory as the gradient is
         if weight:
             losses, logits, target, _ = calculus.gradient(at_step(meta, fast, i), x_T, e.target_y)
-            loss, target = loss + weight*losses.sum(), {k: weight/n_tasks*t for k,t in target.items()}
+            loss = loss + weight*losses.sum()
+            target = dict(zip(target, torch._foreach_mul(list(target.values()), weight/n_tasks)))
         steps.append((at, g, kept if second_order and not recompute else None, target))
         del kept
     u = {k: torch.zeros_like(w) for k,w in fast.items() if k in g} # dL/dθ_K, dL/dθ_{K-1} ...
     for i in reversed(range(len(weights))): # and backwards
         (at, g, kept, target), alpha = steps.pop(), row(meta.step_sizes, i)
-        if target: u = {k: v + target[k] for k,v in u.items()}; _add_to_row(total, 'per_step', i, {k: target[k] for k in meta.per_step if k in target})
-        _add_to_row(total, 'step_sizes', i, {k: v*g[k] for k,v in u.items()}, -1)
+        if target: _add_to(u, target, 1); _add_to_row(total, 'per_step', i, meta.per_step, lambda k: target[k])
+        _add_to_row(total, 'step_sizes', i, u, lambda k: u[k]*g[k], -1)
         if second_order:
             if recompute: kept = calculus.gradient(at, x, e.support_y)[3]
             h = calculus.product(at, kept, {k: alpha[k]*v for k,v in u.items()})
-            _add_to_row(total, 'per_step', i, {k: h[k] for k in meta.per_step if k in h}, -1)
-            u = {k: v - h[k] for k,v in u.items()}
+            _add_to_row(total, 'per_step', i, meta.per_step, lambda k: h[k], -1)
+            _add_to(u, h, -1)
     for k,v in u.items():
         if f'start/{k}' in total: total[f'start/{k}'] += v.sum(0)
     return loss, (logits.argmax(-1) == e.target_y).double().mean(1).sum()
@@ -255,16 +258,18 @@ def _conv4_product(w, gamma, head, c, cov, kept, v, v_head, v_bias, k, stride):
 
 # %% ../nbs/09_speed.ipynb #00000025
 class _Fused: # a function that is compiled at its first call, or runs as it is where that fails
+    told = False # say so once
     def __init__(self, f): self.plain = self.f = f
     def __call__(self, *arguments):
         if self.f is self.plain: self.f = self._compiled()
         try: return self.f(*arguments)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, torch._inductor.exc.InvalidCxxCompiler) as e:
-            print(f'torch.compile does not work here ({str(e).strip().splitlines()[0]}): the meta-step runs uncompiled, which is slower', file=sys.stderr, flush=True)
-            self.f = lambda *arguments: self.plain(*arguments)
+            if not _Fused.told: print(f'torch.compile does not work here ({str(e).strip().splitlines()[0]}): the meta-step runs uncompiled, which is slower', file=sys.stderr, flush=True)
+            _Fused.told, self.f = True, lambda *arguments: self.plain(*arguments)
             return self.f(*arguments)
     def _compiled(self):
         os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache_folder()/'compiled')) # by default in a temporary folder
+        logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR) # it would say where CUDA is, also without a GPU
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit) # one program for each size of the inputs
         return torch.compile(self.plain, dynamic=False, options={'cpp.enable_floating_point_contract_flag': 'fast'})
 

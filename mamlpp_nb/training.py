@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn, Tensor
 from .tasks import ClassImages, EpisodeSampler, load_data, progress_bar, write_safely
 from .network import Conv4, Weights, task_batched
-from .maml import Diverged, Forward, MetaParameters, Progress, evaluate, meta_gradient, outer_loop
+from .maml import Diverged, Forward, MetaParameters, Progress, evaluate, outer_loop
 from .step_sizes import plot_step_sizes
 from .mamlpp import Schedule, find_method, loss_parts, method_parameters, outer_rate
+from .speed import fast_gradient, operations, worth_compiling
 from .bench import peak_memory
 from .evaluation import summarise, test_models
 from .processes import World, any_process, own_share, shared_gradient, sum_over
@@ -109,6 +110,8 @@ class Setup:
     "What a configuration stands for"
     net:nn.Module             # the network, with its initial weights
     forward:Forward           # the same as a function
+    gradient:abc.Callable     # the meta-gradient, fast (chapter 9)
+    compiled:bool             # does it compile at its first call?
     meta:MetaParameters       # as they are before the first outer step
     deal:EpisodeSampler       # meta-training episodes
     validation:EpisodeSampler # the fixed validation episodes
@@ -127,7 +130,9 @@ def set_up(
     deal = EpisodeSampler(splits['train'], config.n_way, config.k_shot, config.n_target, config.seed, config.rotate)
     validation, test = (EpisodeSampler(splits[s], config.n_way, config.k_shot, config.test_targets, test_seed) for s in ('val','test'))
     meta = method_parameters(find_method(config.method), net, deal(0).support_x[0], config.n_steps, config.inner_lr)
-    return Setup(net, task_batched(net), meta, deal, validation, test)
+    step = operations(net, deal.data.images.shape[-1], config.n_way*config.k_shot, config.n_way*config.n_target, config.n_tasks, config.n_steps)
+    compiled = worth_compiling(step*config.epochs*config.iterations) # the same answer when the run goes on
+    return Setup(net, task_batched(net), fast_gradient(net, compiled), compiled, meta, deal, validation, test)
 
 # %% ../nbs/08_training.ipynb #00000012
 @dataclasses.dataclass
@@ -388,10 +393,10 @@ def _board(folder:Path, wanted:bool, epoch:int)->abc.Iterator[abc.Callable[[dict
         yield write
 
 # %% ../nbs/08_training.ipynb #00000028
-def _outer(config:Config, setup:Setup, state:State, gradient:abc.Callable=meta_gradient)->abc.Iterator[Progress]: # outer steps from where the state stands
+def _outer(config:Config, setup:Setup, state:State, gradient:abc.Callable|None=None)->abc.Iterator[Progress]: # outer steps from where the state stands
     method, epoch_of = find_method(config.method), lambda i: min(i//config.iterations, config.epochs-1)
     return outer_loop(setup.forward, state.meta, setup.deal, state.adam, config.n_tasks, state.iteration,
-                      lambda i: loss_parts(method, config.schedule, epoch_of(i), config.n_steps), lambda i: outer_rate(method, config.schedule, epoch_of(i)), gradient, config.clamp)
+                      lambda i: loss_parts(method, config.schedule, epoch_of(i), config.n_steps), lambda i: outer_rate(method, config.schedule, epoch_of(i)), gradient or setup.gradient, config.clamp)
 
 @torch.no_grad()
 def _take(state:State, p:Progress, config:Config)->None: # what an outer step leaves behind besides the weights
@@ -430,12 +435,15 @@ def train_run(
 
 def _loop(config, folder, setup, state, rows, world, noted, minutes, reporter, board, keep_every)->str:
     begin = kept = lap = time.monotonic()
-    loop = _outer(config, setup, state, shared_gradient(world))
+    loop = _outer(config, setup, state, shared_gradient(world, setup.gradient))
+    if reporter and setup.compiled: reporter.say('compiling the meta-step: up to a minute the first time, seconds when it comes from the cache')
     try:
         while state.iteration < config.epochs*config.iterations:
             try: _take(state, next(loop), config)
             except Diverged as e: raise _diverged(e, config, folder, setup, state, world) from e
-            now = time.monotonic(); state.seconds += now-lap; lap = now
+            now = time.monotonic(); state.seconds += now-lap
+            if reporter and setup.compiled and lap == begin: reporter.say(f'first outer step, with compiling: {now-lap:.1f} s')
+            lap = now
             if reporter: reporter.step(state)
             if state.iteration % config.iterations == 0:
                 rows.append(_metrics(config, state, setup, world))
@@ -463,7 +471,7 @@ def task_by_task(
     "What each task contributes to an outer step"
     arguments = loss_parts(find_method(config.method), config.schedule, state.iteration//config.iterations, config.n_steps)
     episodes = range(state.iteration*config.n_tasks, (state.iteration+1)*config.n_tasks)
-    found = [(i, *meta_gradient(setup.forward, state.meta, setup.deal(i), **arguments)) for i in episodes]
+    found = [(i, *setup.gradient(setup.forward, state.meta, setup.deal(i), **arguments)) for i in episodes]
     return [{'episode': i, 'loss': loss.item(), 'gradient_norm': torch.stack([g.norm() for g in gradients.values()]).norm().item()} for i,loss,_,gradients in found]
 
 def _diverged(e, config, folder, setup, state, world)->Diverged: # the same, saying more
@@ -531,7 +539,7 @@ def replay(
         _take(state, p, config)
         if state.iteration == iteration: break
     arguments = loss_parts(find_method(config.method), config.schedule, iteration//config.iterations, config.n_steps)
-    whole = meta_gradient(setup.forward, state.meta, setup.deal(iteration*config.n_tasks, config.n_tasks), **arguments)
+    whole = setup.gradient(setup.forward, state.meta, setup.deal(iteration*config.n_tasks, config.n_tasks), **arguments)
     rows = read_metrics(folder)
     return {'iteration': iteration, 'from': source, 'loss': whole[0].item(), 'recorded': next((r['losses'][iteration % config.iterations] for r in rows if r['epoch'] == iteration//config.iterations), None),
             'tasks': task_by_task(config, setup, state)}

@@ -1,0 +1,37 @@
+"""Has an exported function become slower? Not part of the tests.
+
+    python -m pytest benchmarks --benchmark-autosave               keep today's numbers
+    python -m pytest benchmarks --benchmark-compare                compare with the last ones kept
+"""
+import pytest
+
+from mamlpp_nb.bench import Workload, outer_step, ways
+from mamlpp_nb.maml import evaluate, keep_freed_memory, maml_parameters
+from mamlpp_nb.network import Conv4, task_batched
+from mamlpp_nb.speed import conv4_calculus
+from mamlpp_nb.tasks import EpisodeSampler, glyphs
+
+keep_freed_memory()
+five = Workload(5, 1, 1, 28, 32, 4) # 5-way 1-shot, 32 filters, 4 tasks
+
+
+@pytest.mark.parametrize('way', ways)
+def test_an_outer_step(benchmark, way):
+    step = outer_step(five, way, 'cpu')
+    step()
+    benchmark.pedantic(step, rounds=7)
+
+
+def test_dealing_a_batch_of_episodes(benchmark):
+    deal = EpisodeSampler(glyphs()['train'], 20, 1, 1, rotate=True)
+    benchmark(deal, 0, 8)
+
+
+def test_preparing_an_episode(benchmark):
+    e = EpisodeSampler(glyphs()['train'], 20)(0)
+    benchmark(conv4_calculus(Conv4(20)).prepare, e.support_x)
+
+
+def test_evaluating_twenty_tasks(benchmark):
+    net = Conv4(5, filters=32)
+    benchmark.pedantic(lambda: evaluate(task_batched(net), maml_parameters(net), EpisodeSampler(glyphs()['test']), 20), rounds=5, warmup_rounds=1)

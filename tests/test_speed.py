@@ -1,0 +1,154 @@
+"The fast meta-step: agreement at full width, compiled and not; the road of other networks; falling back."
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from mamlpp_nb.maml import gradient_error, maml_parameters, meta_gradient, outer_loop
+from mamlpp_nb.mamlpp import Schedule, find_method, loss_parts, method_parameters
+from mamlpp_nb.multi_step import naive_graded_loss
+from mamlpp_nb.network import Conv4, task_batched
+from mamlpp_nb.speed import adjoint_gradient, autograd_calculus, conv4_calculus, fast_gradient, operations
+from mamlpp_nb.tasks import Episodes, EpisodeSampler
+
+
+def double(e): return Episodes(*(t.double() if t.is_floating_point() else t for t in vars(e).values()))
+
+
+def naive(net, meta, e, n_steps=5, second_order=True, loss_weights=None):
+    loss = naive_graded_loss(net, meta, e, loss_weights or [0.] * (n_steps - 1) + [1.], second_order)
+    found = dict(zip(meta.learned(), torch.autograd.grad(loss, list(meta.learned().values()), allow_unused=True)))
+    return loss.item(), {k: g for k, g in found.items() if g is not None}
+
+
+def agree(found, loss, exact, bound):
+    assert abs(found[0].item() - loss) <= bound * max(1, abs(loss))
+    assert gradient_error([found[2][k] for k in exact], list(exact.values())) <= bound
+    assert all(not g.any() for k, g in found[2].items() if k not in exact) # what nothing depends on
+
+
+def scattered(net, method, e): # no table with equal rows, no gamma with one sign
+    meta, g = method_parameters(find_method(method), net, e.support_x[0]), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for k, t in meta.learned().items(): t += (.5 if k.startswith('per_step') else .02) * torch.randn(t.shape, generator=g, dtype=t.dtype) * (2 if 'norm' in k and 'weight' in k else 1)
+    return meta
+
+
+@pytest.mark.parametrize('strided', [False, True])
+@pytest.mark.parametrize('compiled', [False, True])
+def test_full_width_agrees_with_the_naive_loop_in_float64(drawn, strided, compiled):
+    net, e = Conv4(5, filters=64, strided=strided).double(), double(EpisodeSampler(drawn['train'], 5, 1, 1, rotate=True)(0, 2))
+    gradient = fast_gradient(net, compiled)
+    for method, epoch in (('mamlpp', 0), ('mamlpp', 99), ('maml', 0), ('maml+bn', 0)) if not compiled else (('mamlpp', 0), ('maml', 0)):
+        meta, parts = scattered(net, method, e), loss_parts(find_method(method), Schedule(first_order_epochs=0), epoch)
+        agree(gradient(None, meta, e, **parts), *naive(net, meta, e, **parts), 1e-8)
+
+
+@pytest.mark.parametrize('method', ['maml', 'maml+msl', 'maml+lslr', 'mamlpp', 'meta-sgd', 'anil', 'boil', 'first-order-maml'])
+def test_every_method_with_every_road(drawn, method):
+    e = double(EpisodeSampler(drawn['train'], 3, 2, 1)(5, 3))
+    for strided, n_steps in ((False, 1), (False, 3), (True, 3)):
+        net = Conv4(3, filters=6, strided=strided).double()
+        meta, parts = scattered(net, method, e), loss_parts(find_method(method), Schedule(first_order_epochs=0), 0, n_steps)
+        loss, exact = naive(net, meta, e, **parts)
+        for calculus, recompute in itertools.product((conv4_calculus(net), conv4_calculus(net)._replace(portion=2), autograd_calculus(task_batched(net), 2)), (False, True)):
+            agree(adjoint_gradient(calculus, meta, e, recompute=recompute, **parts), loss, exact, 1e-9)
+
+
+@pytest.mark.parametrize('size, channels', [(16, 1), (29, 3), (33, 1)])
+def test_any_size_of_image(size, channels):
+    g = torch.Generator().manual_seed(0)
+    x, y, z = torch.rand(2, 6, channels, size, size, generator=g, dtype=torch.float64), torch.arange(3).repeat(2, 2), torch.zeros(2, 3, dtype=torch.int64)
+    e = Episodes(x, y, x.flip(1), y.flip(1), z, z, z)
+    for strided in (False, True):
+        net = Conv4(3, channels, size, 5, strided).double()
+        meta = scattered(net, 'mamlpp', e)
+        agree(fast_gradient(net)(None, meta, e, n_steps=5), *naive(net, meta, e), 1e-9)
+
+
+def test_what_enters_the_network_is_changed_as_its_hook_says(drawn):
+    net, e = Conv4(5, filters=6).double(), double(EpisodeSampler(drawn['train'], 5, 1, 1)(0, 2))
+    net.register_forward_pre_hook(lambda net, inputs: ((inputs[0] - .3) * 4,))
+    meta = scattered(net, 'mamlpp', e)
+    agree(fast_gradient(net)(None, meta, e), *naive(net, meta, e), 1e-9)
+
+
+class Wide(Conv4):
+    "A network of somebody's own."
+    def forward(self, x): return super().forward(x) * 1.5
+
+
+def test_other_networks_take_the_general_road(drawn):
+    e = double(EpisodeSampler(drawn['train'], 3, 1, 2)(0, 3))
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+    hooked = Conv4(3, filters=4).double()
+    hooked.norm1.register_forward_hook(lambda m, i, out: out * 2)
+    for net in (plain, Wide(3, filters=4).double(), hooked):
+        meta, forward = maml_parameters(net, .05), task_batched(net)
+        loss, _, exact = meta_gradient(forward, meta, e, n_steps=3)
+        agree(fast_gradient(net)(forward, meta, e, n_steps=3), loss.item(), exact, 1e-10)
+        if isinstance(net, Conv4):
+            with pytest.raises(ValueError, match='unchanged Conv4'): conv4_calculus(net)
+
+
+def test_float32_is_no_further_from_the_truth_than_the_naive_loop(real):
+    sampler, errors = EpisodeSampler(real['train'], 5, 1, 1, rotate=True), {'naive': [], 'fast': []}
+    for seed in range(8):
+        e, parts = sampler(seed, 1), {'loss_weights': [.2] * 5}
+        nets = {t: Conv4(5, filters=16, seed=seed).to(t) for t in (torch.float32, torch.float64)}
+        metas = {t: method_parameters(find_method('mamlpp'), net, e.support_x[0].to(t)) for t, net in nets.items()}
+        exact = {k: g for k, g in naive(nets[torch.float64], metas[torch.float64], double(e), **parts)[1].items() if k.startswith('start/') and k.endswith('weight')}
+        for way, found in (('naive', naive(nets[torch.float32], metas[torch.float32], e, **parts)[1]), ('fast', fast_gradient(nets[torch.float32])(None, metas[torch.float32], e, **parts)[2])):
+            errors[way].append(gradient_error([found[k].double() for k in exact], list(exact.values())))
+    assert sorted(errors['fast'])[4] <= sorted(errors['naive'])[4]
+
+
+def test_the_outer_loop_learns_the_same_with_either(drawn):
+    curves = []
+    for fast in (False, True):
+        net = Conv4(3, filters=6).double()
+        sampler = EpisodeSampler(drawn['train'], 3, 1, 1)
+        meta = method_parameters(find_method('mamlpp'), net, double(sampler(0)).support_x[0])
+        gradient = fast_gradient(net) if fast else meta_gradient
+        loop = outer_loop(task_batched(net), meta, lambda first, n: double(sampler(first, n)), torch.optim.Adam(meta.learned().values(), 1e-3), 2, 0, lambda i: {'loss_weights': [.2] * 5}, gradient=gradient)
+        curves.append([next(loop).loss for _ in range(20)])
+    assert max(abs(a - b) for a, b in zip(*curves)) < 1e-9
+
+
+def test_impossible_weights_are_refused(drawn):
+    net, e = Conv4(3, filters=4), EpisodeSampler(drawn['train'], 3)(0, 2)
+    for weights in ([1.], [0.] * 5):
+        with pytest.raises(ValueError, match='loss_weights'): fast_gradient(net)(None, maml_parameters(net), e, loss_weights=weights)
+
+
+@pytest.mark.parametrize('strided, size, channels, targets', [(False, 28, 1, 5), (True, 28, 1, 10), (False, 84, 3, 15)])
+def test_the_count_is_what_pytorch_counts(strided, size, channels, targets):
+    from torch.utils.flop_counter import FlopCounterMode
+    net = Conv4(5, channels, size, 8, strided)
+    x, y, z = (lambda n: torch.rand(2, n, channels, size, size)), (lambda n: (torch.arange(n) % 5).repeat(2, 1)), torch.zeros(2, 5, dtype=torch.int64)
+    e = Episodes(x(5), y(5), x(targets), y(targets), z, z, z)
+    meta = maml_parameters(net, .1)
+    for second_order in (False, True):
+        with FlopCounterMode(display=False) as counter: naive(net, meta, e, 3, second_order, [.2, 0., .8])
+        assert 1 <= counter.get_total_flops() / operations(net, size, 5, targets, 2, 3, 2, second_order) < 1.1 # autograd does a little that nobody asked for
+
+
+def test_without_a_compiler_one_line_says_so_and_the_step_runs(tmp_path):
+    code = '''
+import torch
+from mamlpp_nb.network import Conv4
+from mamlpp_nb.maml import maml_parameters
+from mamlpp_nb.speed import fast_gradient
+from mamlpp_nb.tasks import EpisodeSampler, glyphs
+e, net = EpisodeSampler(glyphs()['train'], 3)(0, 2), Conv4(3, filters=4)
+a, b = (fast_gradient(net, c)(None, maml_parameters(net), e)[2] for c in (False, True))
+assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+'''
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env={**os.environ, 'CXX': '/nowhere/c++', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)})
+    assert said.returncode == 0, said.stderr
+    lines = [l for l in said.stderr.splitlines() if 'uncompiled' in l]
+    assert len(lines) == 1 and 'torch.compile does not work here' in lines[0]
