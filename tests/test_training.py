@@ -335,3 +335,13 @@ def test_the_same_command_goes_on_and_another_gets_another_folder(tmp_path):
     assert shown.returncode == 0 and 'complete' in shown.stdout and (maml / 'curve.png').stat().st_size > 1000
     tested = json.loads(program('-m', 'mamlpp_nb.cli', 'evaluate', str(maml), '--json', '--steps', '3', '--norm', 'support', '--device', 'cpu').stdout.splitlines()[-1])
     assert tested['n_steps'] == 3 and list(tested['norms']) == ['support']
+
+
+def test_a_compiled_run_goes_on_to_the_same_bits(few, tmp_path, monkeypatch):
+    monkeypatch.setattr('mamlpp_nb.training.worth_compiling', lambda n: True)
+    said = []
+    assert train_run(small_run, tmp_path / 'whole', few, say=said.append) == 'complete'
+    assert any('compiling the meta-step' in s for s in said) and any('with compiling' in s for s in said)
+    while train_run(small_run, tmp_path / 'parts', few, minutes=1e-6, say=quiet) != 'complete': pass
+    assert equal(tmp_path / 'parts/last.safetensors', tmp_path / 'whole/last.safetensors') and no_clock(tmp_path / 'parts') == no_clock(tmp_path / 'whole')
+    assert replay(tmp_path / 'whole', 4, few)['loss'] == replay(tmp_path / 'whole', 4, few)['recorded']
