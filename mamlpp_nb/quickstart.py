@@ -113,10 +113,14 @@ def run_quickstart(
     deal = EpisodeSampler(train_set, config.n_way, config.k_shot, config.n_target, config.seed, rotate=True)
     forward, meta = task_batched(net), method_parameters(method, net, deal(0).support_x[0], config.n_steps, config.inner_lr)
     test = EpisodeSampler(test_set, config.n_way, config.k_shot, 1, config.seed)
-    untrained, begin_training = evaluate(forward, meta, test, config.test_tasks, config.n_steps), time.monotonic()
+    untrained, begin_compiling = evaluate(forward, meta, test, config.test_tasks, config.n_steps), time.monotonic()
     step = operations(net, test_set.images.shape[-1], config.n_way*config.k_shot, config.n_way*config.n_target, config.n_tasks, config.n_steps)
     compiled = minutes >= 1 if minutes else worth_compiling(step*iterations)
-    loop = method_loop(method, forward, meta, deal, config.schedule, clock, config.n_steps, config.n_tasks, gradient=fast_gradient(net, compiled))
+    gradient = fast_gradient(net, compiled)
+    if compiled:
+        print('compiling the meta-step (up to a minute the first time); the clock starts after it', flush=True)
+        gradient(forward, meta, deal(0), n_steps=2) # everything that needs it
+    begin_training, loop = time.monotonic(), method_loop(method, forward, meta, deal, config.schedule, clock, config.n_steps, config.n_tasks, gradient=gradient)
     history = train(loop, meta, iterations, None if iterations else 60*minutes, folder/'meta.safetensors', dataclasses.asdict(config))
     trained = time.monotonic()
     graded = gather_statistics(net, meta, deal, config.test_tasks, config.n_steps) if 'running' in config.tests else meta
@@ -129,7 +133,7 @@ def run_quickstart(
               'loss': [p.loss for p in history], 'target_accuracy': [p.accuracy for p in history],
               'gradient_norm': [p.gradient_norm for p in history], 'epoch': clock.epochs, 'second': clock.seconds,
               'step_sizes': {k: a.flatten().tolist() for k,a in meta.step_sizes.items() if a.dim() == 1},
-              'seconds_training': trained-begin_training, 'seconds': time.monotonic()-begin}
+              'seconds_compiling': begin_training-begin_compiling, 'seconds_training': trained-begin_training, 'seconds': time.monotonic()-begin}
     write_safely(folder/'record.json', lambda draft: draft.write_text(dumps(record)))
     return record
 
