@@ -10,7 +10,7 @@ import collections.abc as abc, dataclasses, itertools
 import torch
 from torch import nn, Tensor
 from .tasks import Episodes, EpisodeSampler, progress_bar
-from .network import task_batched
+from .network import Weights, task_batched
 from .maml import Evaluation, Forward, MetaParameters, at_step, inner_loop
 from .per_step_norm import Predict, gather_statistics, predict_targets, target_norms
 from .processes import World, own_share, sum_over
@@ -24,6 +24,7 @@ def step_logits(
     predicts:dict[str,Predict], # ways to predict the targets: see `predict_targets`
     n_steps:int=5, # inner steps, free to differ from training
     n_permutations:int=1, # relabellings to average over, 1 ... way
+    adapt:abc.Callable[...,abc.Iterator[Weights]]=inner_loop, # the inner loop, or what stands for it
 )->dict[str,Tensor]: # for each way to predict, (steps+1, tasks, targets, way); row 0 before adaptation
     "Target logits after every inner step"
     way, sums = episodes.classes.shape[1], {}
@@ -31,7 +32,7 @@ def step_logits(
     for shift in range(n_permutations):
         relabelled = dataclasses.replace(episodes, support_y=(episodes.support_y + shift) % way)
         before = {k: w.expand(len(episodes), *w.shape) for k,w in meta.start.items()}
-        after = inner_loop(forward, meta, relabelled.support_x, relabelled.support_y, n_steps, second_order=False)
+        after = adapt(forward, meta, relabelled.support_x, relabelled.support_y, n_steps, second_order=False)
         said = {name: [] for name in predicts}
         for row,fast in zip([0,*range(n_steps)], itertools.chain([before], after)): # never the weights of all steps at once
             for name,predict in predicts.items(): said[name].append(predict(at_step(meta, fast, row), relabelled))
@@ -53,6 +54,7 @@ def test_models(
     gather:EpisodeSampler|None=None, # meta-training tasks for the statistics that 'running' needs
     portion:int=4, # tasks at a time; changes speed and memory, and results only by rounding
     world:World=World(), # processes that share the work
+    adapt:abc.Callable[...,abc.Iterator[Weights]]=inner_loop, # the inner loop, or what stands for it
 )->dict[str,dict[str,Evaluation]]: # for each norm, 'single': the first model, 'ensemble': the mean of all models' logits
     "Accuracy of the best model and of the ensemble of all"
     unknown = set(norms) - set(target_norms)
@@ -65,7 +67,7 @@ def test_models(
     grades = torch.zeros(len(norms), 2, n_tasks, n_steps+1, dtype=torch.float64, device=sampler.device)
     for first in progress_bar(range(own.start, own.stop, portion), desc='testing', leave=False):
         e = sampler(first, min(portion, own.stop-first))
-        said = [step_logits(forward, m, e, predicts, n_steps, n_permutations) for m in models]
+        said = [step_logits(forward, m, e, predicts, n_steps, n_permutations, adapt) for m in models]
         for i,norm in enumerate(norms):
             for j,logits in enumerate((said[0][norm], sum(s[norm] for s in said))): grades[i,j,first:first+len(e)] = _grade(logits, e)
     grades = sum_over(world, [grades])[0].cpu()

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Forward', 'full_mode', 'naive_task_loss', 'draw_inner_loop', 'MetaParameters', 'maml_parameters', 'row', 'at_step',
            'task_losses', 'inner_loop', 'meta_loss', 'naive_meta_loss', 'gradient_error', 'keep_freed_memory',
-           'Progress', 'Diverged', 'meta_gradient', 'outer_loop', 'save_meta', 'load_meta', 'train', 'Evaluation',
-           'evaluate']
+           'Progress', 'Diverged', 'meta_gradient', 'note_gradient', 'outer_loop', 'save_meta', 'load_meta', 'train',
+           'Evaluation', 'evaluate']
 
 # %% ../nbs/02_maml.ipynb #00000003
-import ctypes, dataclasses, itertools, json, os, time
+import ctypes, dataclasses, itertools, json, math, os, time
 import collections.abc as abc
 from pathlib import Path
 from typing import NamedTuple
@@ -234,6 +234,20 @@ def meta_gradient(
     return loss.detach(), accuracy, {k: g for k,g in zip(learned, gradients) if g is not None}
 
 # %% ../nbs/02_maml.ipynb #0000002c
+def note_gradient(
+    meta:MetaParameters, # its tensors' `grad` is set
+    loss:Tensor, accuracy:Tensor, # of the outer step, scalars
+    gradients:Weights, # by the names of `meta.learned()`
+    clamp:float=0., # bound on each element of the gradient of the network's weights; 0: none
+)->Tensor: # (3,): loss, accuracy, length of the gradient that reaches θ₀ before clamping; the last is not finite if any part of the gradient isn't
+    "Hand a meta-gradient to the optimizer, without a look at it"
+    norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values()))))
+    network = [g for k,g in gradients.items() if not k.startswith('step_sizes/')]
+    if clamp: torch._foreach_clamp_max_(network, clamp); torch._foreach_clamp_min_(network, -clamp)
+    for k,t in meta.learned().items(): t.grad = gradients.get(k)
+    reached = torch.stack([n for k,n in norms.items() if k.startswith('start/')]).norm()
+    return torch.stack([loss, accuracy.to(loss.dtype), reached + 0*torch.stack(list(norms.values())).sum()]) # 0·inf is not a number
+
 def outer_loop(
     forward:Forward, # the network as a function of weights
     meta:MetaParameters, # moved in place
@@ -251,16 +265,12 @@ def outer_loop(
         if rate:
             for group in optimizer.param_groups: group['lr'] = rate(i)
         loss, accuracy, gradients = gradient(forward, meta, sampler(i*n_tasks, n_tasks), **parts(i))
-        norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values()))))
-        if not torch.isfinite(torch.stack([loss, *norms.values()])).all():
-            raise Diverged(f'the meta loss or its gradient is not finite at iteration {i} (loss {loss.item()}), '
+        found = note_gradient(meta, loss, accuracy, gradients, clamp).tolist()
+        if not all(map(math.isfinite, found)):
+            raise Diverged(f'the meta loss or its gradient is not finite at iteration {i} (loss {found[0]}), '
                            f'{sampler.data.split} episodes {i*n_tasks} to {i*n_tasks+n_tasks-1} of seed {sampler.seed}')
-        network = [g for k,g in gradients.items() if not k.startswith('step_sizes/')]
-        if clamp: torch._foreach_clamp_max_(network, clamp); torch._foreach_clamp_min_(network, -clamp)
-        for k,t in meta.learned().items(): t.grad = gradients.get(k)
         optimizer.step()
-        reached = torch.stack([n for k,n in norms.items() if k.startswith('start/')]).norm()
-        yield Progress(i, loss.item(), accuracy.item(), reached.item())
+        yield Progress(i, *found)
 
 # %% ../nbs/02_maml.ipynb #0000002e
 def save_meta(
@@ -340,6 +350,7 @@ def evaluate(
     n_steps:int=5, # inner steps, free to differ from training
     portion:int=4, # tasks at a time; changes speed and memory, not results
     predict:abc.Callable[[Weights,Episodes],Tensor]|None=None, # (weights, episodes) -> target logits; None: `forward`, all targets of a task together
+    adapt:abc.Callable[...,abc.Iterator[Weights]]=inner_loop, # the inner loop, or what stands for it
 )->Evaluation:
     "Adapt to each task and grade it after every step"
     predict = predict or (lambda weights, episodes: forward(weights, episodes.target_x))
@@ -348,6 +359,6 @@ def evaluate(
     for first in range(0, n_tasks, portion):
         e = sampler(first, min(portion, n_tasks-first))
         before = {k: w.expand(len(e), *w.shape) for k,w in meta.start.items()}
-        after = inner_loop(forward, meta, e.support_x, e.support_y, n_steps, second_order=False)
+        after = adapt(forward, meta, e.support_x, e.support_y, n_steps, second_order=False)
         grades.append(torch.stack([right(e, before, 0), *(right(e, fast, i) for i,fast in enumerate(after))], 1))
     return Evaluation(torch.cat(grades).cpu())

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['operations', 'Calculus', 'autograd_calculus', 'adjoint_gradient', 'conv4_calculus', 'fast_gradient',
-           'worth_compiling']
+           'fast_inner_loop', 'worth_compiling', 'stack_seeds', 'join_episodes', 'Learner', 'fused_adam', 'OuterSteps']
 
 # %% ../nbs/09_speed.ipynb #00000003
-import collections.abc as abc, logging, os, sys
+import collections.abc as abc, dataclasses, functools, logging, os, sys
 from typing import Any, NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .tasks import Episodes, cache_folder
+from .tasks import Episodes, EpisodeSampler, cache_folder
 from .network import Conv4, Weights
-from .maml import Forward, MetaParameters, at_step, row, task_losses
+from .maml import Forward, MetaParameters, at_step, meta_gradient, note_gradient, row, task_losses
 
 # %% ../nbs/09_speed.ipynb #00000006
 def operations(
@@ -69,56 +69,74 @@ def _detached(meta): return MetaParameters(*({k: t.detach() for k,t in table.ite
 
 def _add_to(u, terms, sign): torch._foreach_add_(list(u.values()), [terms[k] for k in u], alpha=sign)
 
-def _add_to_row(total, table, i, names, term, sign=1): # the rows a step reads collect its derivatives, summed over tasks
+def _for_tasks(t, ndim, n): # (seeds, *row) -> (seeds·n, *row), with ones in between to meet weights of `ndim` axes
+    t = t.view(len(t), 1, *(1,)*(ndim-t.ndim+1), *t.shape[1:])
+    return t.expand(-1, n, *t.shape[2:]).flatten(0,1)
+
+def _rows(table, i, n, like={}): # of step i, for n tasks of each seed; `table` has a leading seed axis, then steps
+    return {k: _for_tasks(t[:,min(i, t.shape[1]-1)], like[k].ndim-1 if like else t.ndim-2, n) for k,t in table.items()}
+
+def _add_to_row(total, table, i, names, term, n, sign=1): # the rows a step reads collect its derivatives, summed over a seed's tasks
     for k in names:
         name = f'{table}/{k}'
-        if name in total: r = total[name][min(i, len(total[name])-1)]; r.add_(term(k).sum(0).sum_to_size(r.shape), alpha=sign)
+        if name in total:
+            r, by_seed = total[name][:,min(i, total[name].shape[1]-1)], term(k).unflatten(0, (-1,n)).sum(1)
+            r.add_(by_seed.sum_to_size(len(r), *(1,)*(by_seed.ndim-r.ndim), *r.shape[1:]).view(r.shape), alpha=sign)
+
+def _portions(n_seeds, n_tasks, most): # (slice of seeds, first task, tasks of each seed): whole seeds where they fit
+    if most >= n_tasks: return [(slice(s, min(s+most//n_tasks, n_seeds)), s*n_tasks, n_tasks) for s in range(0, n_seeds, most//n_tasks)]
+    return [(slice(s, s+1), s*n_tasks+first, min(most, n_tasks-first)) for s in range(n_seeds) for first in range(0, n_tasks, most)]
 
 @torch.no_grad()
 def adjoint_gradient(
     calculus:Calculus, # of the network
-    meta:MetaParameters, # what is learned
-    episodes:Episodes, # a batch of tasks
+    meta:MetaParameters, # what is learned; of several seeds: from `stack_seeds`
+    episodes:Episodes, # a batch of tasks; of several seeds: as many of each, seed after seed
     n_steps:int=5, # inner steps K
     second_order:bool=True, # exact gradient, or its first-order approximation
-    loss_weights:abc.Sequence[float]|None=None, # weight of the target loss after each step; None: the last only (MAML)
+    loss_weights:abc.Sequence[float|Tensor]|None=None, # weight of the target loss after each step; None: the last only (MAML). The target is not graded where it is 0; a tensor is never looked at
     recompute:bool=False, # keep the weights of each step only, and compute its activations again on the way back?
-)->tuple[Tensor,Tensor,Weights]: # loss, target accuracy, and the gradient by the names of `meta.learned()`
+    n_seeds:int=0, # 0: one, without a leading axis for it
+)->tuple[Tensor,Tensor,Weights]: # loss, target accuracy, and the gradient by the names of `meta.learned()`; with seeds each has a leading axis for them
     "The meta-gradient by walking the inner loop backwards: u ← u - H(αu)"
     weights = [0.]*(n_steps-1) + [1.] if loss_weights is None else list(loss_weights)
-    if n_steps < 1 or len(weights) != n_steps or not any(weights): raise ValueError(f'loss_weights needs one weight for each of {n_steps} steps (at least 1), not all zero; got {weights}')
-    total, meta = {k: torch.zeros_like(t) for k,t in meta.learned().items()}, _detached(meta)
-    sums = [_walk(calculus, meta, episodes[first:first+calculus.portion], weights, second_order, recompute, total, len(episodes))
-            for first in range(0, len(episodes), calculus.portion)]
-    loss, accuracy = (torch.stack(s).sum()/len(episodes) for s in zip(*sums))
-    return loss, accuracy, total
+    weights = [w if isinstance(w, Tensor) or w else None for w in weights]
+    if n_steps < 1 or len(weights) != n_steps or all(w is None for w in weights): raise ValueError(f'loss_weights needs one weight for each of {n_steps} steps (at least 1), not all zero; got {loss_weights}')
+    total = {k: torch.zeros_like(t) if n_seeds else torch.zeros_like(t)[None] for k,t in meta.learned().items()}
+    meta = MetaParameters(*({k: t if n_seeds else t[None] for k,t in table.items()} for table in _detached(meta)))
+    n_tasks, sums = len(episodes)//(n_seeds or 1), []
+    for seeds,first,n in _portions(n_seeds or 1, n_tasks, calculus.portion):
+        some = MetaParameters(*({k: t[seeds] for k,t in table.items()} for table in meta))
+        sums.append(_walk(calculus, some, episodes[first:first+n*len(range(*seeds.indices(n_seeds or 1)))], n, weights, second_order, recompute, {k: t[seeds] for k,t in total.items()}, n_tasks))
+    loss, accuracy = (torch.cat(s).view(n_seeds or 1, -1).sum(1)/n_tasks for s in zip(*sums))
+    return (loss, accuracy, total) if n_seeds else (loss[0], accuracy[0], {k: t[0] for k,t in total.items()})
 
-def _walk(calculus, meta, e, weights, second_order, recompute, total, n_tasks): # one portion; adds to `total`
+def _walk(calculus, meta, e, n, weights, second_order, recompute, total, n_tasks): # one portion, n tasks of each seed; adds to `total`
     x, x_T = calculus.prepare(e.support_x), calculus.prepare(e.target_x)
-    fast, steps, loss = {k: w.expand(len(e), *w.shape).contiguous() for k,w in meta.start.items()}, [], 0.
+    fast, steps, loss = {k: _for_tasks(w, w.ndim-1, n).contiguous() for k,w in meta.start.items()}, [], 0.
     for i,weight in enumerate(weights): # forwards: the inner loop
-        at, alpha, target = at_step(meta, fast, i), row(meta.step_sizes, i), None
+        at, alpha, target = {**fast, **_rows(meta.per_step, i, n)}, _rows(meta.step_sizes, i, n, fast), None
         _, _, g, kept = calculus.gradient(at, x, e.support_y)
         fast = {k: (g[k]*-alpha[k]).add_(w) if k in g else w for k,w in fast.items()} # laid out in memory as the gradient is
-        if weight:
-            losses, logits, target, _ = calculus.gradient(at_step(meta, fast, i), x_T, e.target_y)
-            loss = loss + weight*losses.sum()
+        if weight is not None:
+            losses, logits, target, _ = calculus.gradient({**fast, **_rows(meta.per_step, i, n)}, x_T, e.target_y)
+            loss = loss + weight*losses.unflatten(0, (-1,n)).sum(1)
             target = dict(zip(target, torch._foreach_mul(list(target.values()), weight/n_tasks)))
         steps.append((at, g, kept if second_order and not recompute else None, target))
         del kept
     u = {k: torch.zeros_like(w) for k,w in fast.items() if k in g} # dL/dθ_K, dL/dθ_{K-1} ...
     for i in reversed(range(len(weights))): # and backwards
-        (at, g, kept, target), alpha = steps.pop(), row(meta.step_sizes, i)
-        if target: _add_to(u, target, 1); _add_to_row(total, 'per_step', i, meta.per_step, lambda k: target[k])
-        _add_to_row(total, 'step_sizes', i, u, lambda k: u[k]*g[k], -1)
+        (at, g, kept, target), alpha = steps.pop(), _rows(meta.step_sizes, i, n, fast)
+        if target: _add_to(u, target, 1); _add_to_row(total, 'per_step', i, meta.per_step, lambda k: target[k], n)
+        _add_to_row(total, 'step_sizes', i, u, lambda k: u[k]*g[k], n, -1)
         if second_order:
             if recompute: kept = calculus.gradient(at, x, e.support_y)[3]
             h = calculus.product(at, kept, {k: alpha[k]*v for k,v in u.items()})
-            _add_to_row(total, 'per_step', i, meta.per_step, lambda k: h[k], -1)
+            _add_to_row(total, 'per_step', i, meta.per_step, lambda k: h[k], n, -1)
             _add_to(u, h, -1)
     for k,v in u.items():
-        if f'start/{k}' in total: total[f'start/{k}'] += v.sum(0)
-    return loss, (logits.argmax(-1) == e.target_y).double().mean(1).sum()
+        if f'start/{k}' in total: total[f'start/{k}'] += v.unflatten(0, (-1,n)).sum(1)
+    return loss, (logits.argmax(-1) == e.target_y).double().mean(1).unflatten(0, (-1,n)).sum(1)
 
 # %% ../nbs/09_speed.ipynb #0000001b
 def _stacked(tensors): return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors) # keeps the layout of the only one
@@ -209,7 +227,7 @@ def _conv4_gradient(w, gamma, beta, head, bias, c, cov, y, k, stride):
         x = a*slope
     n, f = y.shape[1], _features(x, k)
     logits = f @ head.transpose(1,2) + bias[:,None]
-    p, truth = logits.softmax(2), F.one_hot(y, logits.shape[2]).to(logits.dtype)
+    p, truth = logits.softmax(2), (y[...,None] == torch.arange(logits.shape[2], device=y.device)).to(logits.dtype)
     loss, dl = -(logits.log_softmax(2)*truth).sum(2).mean(1), (p - truth)/n
     dx = _features_back(dl @ head, x, k)
     dw, dgamma, dbeta, dys, dzs = ([None]*4 for _ in range(5))
@@ -308,16 +326,39 @@ def conv4_calculus(
     return Calculus(prepare, gradient, product, 10**6 if next(net.parameters()).is_cuda else 1 if compiled else 4) # a CPU's caches are small, and Python's overhead is large
 
 # %% ../nbs/09_speed.ipynb #0000002c
+def _best_calculus(net, compiled): # as a function of `forward`
+    written_out = conv4_calculus(net, compiled) if _is_plain(net) else None
+    return lambda forward: written_out or autograd_calculus(forward)
+
 def fast_gradient(
     net:nn.Module, # any network; `Conv4` takes the fast road
     compiled:bool=False, # fuse the passes with `torch.compile`?
     recompute:bool=False, # trade time for memory: see `adjoint_gradient`
 )->abc.Callable[...,tuple[Tensor,Tensor,Weights]]: # for `outer_loop`, in place of `meta_gradient`
     "The meta-gradient, fast"
-    written_out = conv4_calculus(net, compiled) if _is_plain(net) else None
-    def gradient(forward, meta, episodes, **arguments):
-        return adjoint_gradient(written_out or autograd_calculus(forward), meta, episodes, recompute=recompute, **arguments)
+    calculus = _best_calculus(net, compiled)
+    def gradient(forward, meta, episodes, **arguments): return adjoint_gradient(calculus(forward), meta, episodes, recompute=recompute, **arguments)
     return gradient
+
+def fast_inner_loop(
+    net:nn.Module, # any network; `Conv4` takes the fast road
+    compiled:bool=False, # fuse the passes with `torch.compile`?
+)->abc.Callable[...,abc.Iterator[Weights]]: # for `evaluate`, in place of `inner_loop`; first order only
+    "The inner loop without a graph, fast"
+    calculus = _best_calculus(net, compiled)
+    def adapt(forward, meta, x, y, n_steps=5, second_order=False):
+        if second_order or n_steps < 1: raise ValueError(f'this inner loop keeps no graph for second derivatives, and takes at least 1 step; got second_order={second_order}, n_steps={n_steps}')
+        own, meta = calculus(forward), _detached(meta)
+        cuts = [slice(first, first+own.portion) for first in range(0, len(x), own.portion)]
+        with torch.no_grad(): tasks = [(own.prepare(x[cut]), y[cut], {k: w.expand(len(x[cut]), *w.shape) for k,w in meta.start.items()}) for cut in cuts]
+        for i in range(n_steps):
+            with torch.no_grad(): tasks = [(x, y, _inner_step(own, meta, fast, x, y, i)) for x,y,fast in tasks]
+            yield {k: torch.cat([fast[k] for *_,fast in tasks]) for k in meta.start}
+    return adapt
+
+def _inner_step(calculus, meta, fast, x, y, i):
+    g, alpha = calculus.gradient(at_step(meta, fast, i), x, y)[2], row(meta.step_sizes, i)
+    return {k: w - alpha[k]*g[k] if k in g else w for k,w in fast.items()}
 
 # %% ../nbs/09_speed.ipynb #0000002e
 def worth_compiling(
@@ -325,3 +366,126 @@ def worth_compiling(
 )->bool: # the same answer whenever it is asked
     "Is a run long enough to pay for a compiler?"
     return n_operations > 2e13 # minutes of uncompiled work on two cores
+
+# %% ../nbs/09_speed.ipynb #3c0737a5
+def stack_seeds(
+    metas:abc.Sequence[MetaParameters], # alike in all but their values
+)->MetaParameters: # copies, with a leading seed axis
+    "The meta-parameters of several seeds as one"
+    def stacked(tables): return {k: torch.stack([t[k].detach() for t in tables]).requires_grad_(w.requires_grad) for k,w in tables[0].items()}
+    return MetaParameters(*map(stacked, zip(*metas)))
+
+def join_episodes(
+    episodes:abc.Sequence[Episodes], # as many tasks in each
+)->Episodes: # one after the other
+    "The episodes of several seeds as one batch"
+    return episodes[0] if len(episodes) == 1 else Episodes(*(torch.cat([getattr(e, f.name) for e in episodes]) for f in dataclasses.fields(Episodes)))
+
+# %% ../nbs/09_speed.ipynb #0a80be39
+class Learner(NamedTuple):
+    "One seed of a run: what its outer steps read and move"
+    meta:MetaParameters # moved in place
+    deal:EpisodeSampler # meta-training episodes, of the same data for all seeds
+    adam:torch.optim.Optimizer # from `fused_adam`
+    average:Weights # running average by the names of `meta.learned()`, moved in place; empty: none
+
+    def tensors(self)->list[Tensor]:
+        "All that an outer step moves"
+        learned = list(self.meta.learned().values())
+        return [*learned, *(v for t in learned for v in self.adam.state[t].values()), *self.average.values()]
+
+def fused_adam(
+    meta:MetaParameters, # what is learned
+    lr:float=1e-3, # learning rate to begin with
+    beta2:float=.999, # decay of the second moment
+)->torch.optim.Optimizer: # with its state, from the start
+    "Adam whose state and learning rate are tensors on the device of the meta-parameters"
+    learned = list(meta.learned().values())
+    device = learned[0].device
+    adam = torch.optim.Adam(learned, lr=torch.tensor(lr, device=device), betas=(.9, beta2), fused=True, capturable=device.type == 'cuda')
+    for t in learned: adam.state[t] = {'step': torch.zeros((), device=device), 'exp_avg': torch.zeros_like(t), 'exp_avg_sq': torch.zeros_like(t)}
+    return adam
+
+# %% ../nbs/09_speed.ipynb #6b7f6c83
+def _capture(step:abc.Callable[[],None])->abc.Callable[[],None]: # the step as a CUDA graph, after a few as they are: they compile, and make the libraries choose
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3): step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): step()
+    return graph.replay
+
+class OuterSteps:
+    "Outer steps of one or several seeds, at whose results nobody looks until all are done"
+    def __init__(self,
+        forward:Forward, # the network as a function of weights
+        learners:abc.Sequence[Learner], # a seed each; moved in place
+        n_tasks:int=4, # tasks per outer step and seed B
+        gradient:abc.Callable=meta_gradient, # what computes the meta-gradient; for several seeds from `fast_gradient`
+        clamp:float=0., # bound on each element of the gradient of the network's weights; 0: none
+        decay:float=0., # of the running averages, per outer step
+        longest:int=1, # most steps of one `run`
+        captured:bool=False, # replay steps as CUDA graphs?
+    ):
+        self.forward, self.learners, self.n_tasks, self.gradient, self.clamp, self.decay, self.captured = forward, list(learners), n_tasks, gradient, clamp, decay, captured
+        like = next(iter(learners[0].meta.start.values()))
+        self.iteration, self.line = (torch.zeros(shape, dtype=torch.int64, device=like.device) for shape in ((), (1,)))
+        self.log, self.programs = like.new_zeros(longest, len(learners), 3), {}
+
+    def _step(self, weights:Tensor, graded:tuple[bool,...], second_order:bool)->None: # nothing in here may depend on a value
+        episodes = join_episodes([l.deal(self.iteration*self.n_tasks, self.n_tasks) for l in self.learners])
+        parts = {'n_steps': len(graded), 'second_order': second_order, 'loss_weights': [w if g else 0. for w,g in zip(weights, graded)]}
+        if len(self.learners) == 1: found = [self.gradient(self.forward, self.learners[0].meta, episodes, **parts)]
+        else:
+            loss, accuracy, gradients = self.gradient(self.forward, stack_seeds([l.meta for l in self.learners]), episodes, **parts, n_seeds=len(self.learners))
+            found = [(loss[s], accuracy[s], {k: g[s] for k,g in gradients.items()}) for s in range(len(self.learners))]
+        notes = [note_gradient(l.meta, *f, self.clamp) for l,f in zip(self.learners, found)]
+        with torch.no_grad():
+            for l in self.learners:
+                l.adam.step()
+                if l.average: torch._foreach_lerp_(list(l.average.values()), list(l.meta.learned().values()), 1-self.decay)
+            self.log.index_copy_(0, self.line, torch.stack(notes)[None])
+            self.line += 1; self.iteration += 1
+
+    def _program(self, *kind)->tuple[abc.Callable[[],None],Tensor]: # a step of a kind, and the weights of target losses that it reads
+        if kind not in self.programs:
+            weights = self.log.new_tensor(kind[0])
+            step = functools.partial(self._step, weights, *kind)
+            if self.captured:
+                before = self._copies()
+                try: step = _capture(step)
+                except torch.OutOfMemoryError: raise
+                except RuntimeError as e:
+                    print(f'outer steps cannot be captured as CUDA graphs ({str(e).strip().splitlines()[0]}): they are launched one by one, which is slower', file=sys.stderr, flush=True)
+                    self.captured = False
+                self._put_back(before)
+            self.programs[kind] = step, weights
+        return self.programs[kind]
+
+    def _copies(self)->list[Tensor]: return [t.detach().clone() for l in self.learners for t in l.tensors()]
+
+    @torch.no_grad()
+    def _put_back(self, copies:list[Tensor])->None: torch._foreach_copy_([t for l in self.learners for t in l.tensors()], copies)
+
+    def run(self,
+        first:int, # iteration of the first step
+        n:int, # how many
+        rate:float|None=None, # outer learning rate; None: as it is
+        n_steps:int=5, second_order:bool=True, loss_weights:abc.Sequence[float]|None=None, # of `meta_loss`, the same for all these steps
+    )->Tensor: # (steps, seeds, 3), on the CPU: loss, accuracy, length of the gradient that reaches θ₀. Fewer than n steps if the next one's are not finite: the learners are as before that step
+        "Do n outer steps, then look"
+        values = [0.]*(n_steps-1) + [1.] if loss_weights is None else list(loss_weights)
+        if not 1 <= n <= len(self.log): raise ValueError(f'this was made for 1 to {len(self.log)} steps at a time, got {n}')
+        step, weights = self._program(tuple(map(bool, values)), second_order)
+        weights.copy_(torch.tensor(values)); self.iteration.fill_(first); self.line.zero_()
+        for l in self.learners:
+            for group in l.adam.param_groups if rate is not None else (): group['lr'].fill_(rate)
+        before = self._copies()
+        for _ in range(n): step()
+        log = self.log[:n].to('cpu', copy=True)
+        good = int(log.isfinite().all((1,2)).long().cumprod(0).sum())
+        if good == n: return log
+        self._put_back(before)
+        return self.run(first, good, rate, n_steps, second_order, loss_weights) if good else log[:0]

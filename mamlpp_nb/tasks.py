@@ -444,11 +444,11 @@ def _pixels(self:EpisodeSampler, rows:Tensor, turns:Tensor)->Tensor: # (tasks, w
 
 @patch
 def __call__(self:EpisodeSampler,
-    first:int, # index of the first episode
+    first:int|Tensor, # index of the first episode; as a 0-d tensor on the device of the images, nobody looks at it
     n_tasks:int=1, # how many
 )->Episodes: # episodes first ... first+n_tasks-1, on the device of the images
     "Deal a batch of episodes"
-    episodes = torch.arange(first, first+n_tasks, device=self.device)
+    episodes = first + torch.arange(n_tasks, device=self.device)
     classes, rows, turns = self._draw(episodes)
     x, k = self._pixels(rows, turns), self.k_shot
     y = torch.arange(self.n_way, device=self.device)[None,:,None].expand(n_tasks, -1, k+self.n_target)

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from mamlpp_nb.maml import gradient_error, maml_parameters, meta_gradient, outer_loop
+import tape
+from mamlpp_nb import speed
+from mamlpp_nb.maml import gradient_error, inner_loop, maml_parameters, meta_gradient, outer_loop
 from mamlpp_nb.mamlpp import Schedule, find_method, loss_parts, method_parameters
 from mamlpp_nb.multi_step import naive_graded_loss
 from mamlpp_nb.network import Conv4, task_batched
-from mamlpp_nb.speed import adjoint_gradient, autograd_calculus, conv4_calculus, fast_gradient, operations
+from mamlpp_nb.speed import (Learner, OuterSteps, adjoint_gradient, autograd_calculus, conv4_calculus, fast_gradient, fast_inner_loop,
+                             fused_adam, join_episodes, operations, stack_seeds)
 from mamlpp_nb.tasks import Episodes, EpisodeSampler
 
 
@@ -152,3 +155,99 @@ assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
     assert said.returncode == 0, said.stderr
     lines = [l for l in said.stderr.splitlines() if 'uncompiled' in l]
     assert len(lines) == 1 and 'torch.compile does not work here' in lines[0]
+
+
+def learner(drawn, seed, method='mamlpp', strided=False, average=False):
+    net = Conv4(3, filters=6, strided=strided, seed=seed)
+    meta = method_parameters(find_method(method), net, EpisodeSampler(drawn['train'], 3, 1, 1)(0).support_x[0], 3)
+    return net, Learner(meta, EpisodeSampler(drawn['train'], 3, 1, 2, seed, rotate=True), fused_adam(meta, 2e-3),
+                        {k: t.detach().clone() for k, t in meta.learned().items()} if average else {})
+
+
+def outer_steps(drawn, seeds, **settings):
+    made = [learner(drawn, s, settings.pop('method', 'mamlpp'), average=True) for s in seeds]
+    return OuterSteps(task_batched(made[0][0]), [l for _, l in made], 2, fast_gradient(made[0][0]), decay=.9, longest=8, **settings)
+
+
+plan = [(0, 3, 2e-3, (True, [.2, .3, .5])), (3, 2, 1e-3, (True, [.1, .1, .8])), (5, 2, 5e-4, (False, [0., 0., 1.])), (7, 4, 5e-4, (True, None)), (11, 2, 1e-4, (True, [.2, .3, .5]))]
+
+
+def go(steps): return torch.cat([steps.run(first, n, rate, 3, *parts) for first, n, rate, parts in plan])
+
+
+@pytest.mark.parametrize('seeds', [[0], [0, 1, 2]])
+@pytest.mark.parametrize('clamp', [0., .05])
+def test_a_captured_step_does_what_an_uncaptured_one_does(drawn, monkeypatch, seeds, clamp):
+    "Rates, weights of losses, iteration, clamping and running average are read anew by every replay, and no value is looked at"
+    plain, taped = (outer_steps(drawn, seeds, clamp=clamp, captured=c) for c in (False, True))
+    monkeypatch.setattr(speed, '_capture', tape.capture)
+    assert go(plain).equal(go(taped))
+    assert len(taped.programs) == 3 and taped.captured # all targets, the last alone by first order, the last alone by second order
+    for a, b in zip(plain.learners, taped.learners):
+        assert all(s.equal(t) for s, t in zip(a.tensors(), b.tensors()))
+
+
+def test_the_tape_refuses_looks():
+    with pytest.raises(RuntimeError, match='capturing'), tape.Tape(): torch.ones(1).item()
+
+
+def test_what_cannot_be_captured_runs_as_it_is_and_says_so(drawn, monkeypatch, capsys):
+    "`meta_gradient` looks at labels and at the weights of losses"
+    plain, taped = (outer_steps(drawn, [0], captured=c) for c in (False, True))
+    plain.gradient = taped.gradient = meta_gradient
+    monkeypatch.setattr(speed, '_capture', tape.capture)
+    assert go(plain).equal(go(taped)) and not taped.captured
+    assert capsys.readouterr().err.count('cannot be captured') == 1
+
+
+@pytest.mark.parametrize('method', ['maml', 'mamlpp', 'meta-sgd', 'anil'])
+def test_seeds_at_once_learn_what_each_learns_alone(drawn, method):
+    together = outer_steps(drawn, [0, 1, 2], method=method)
+    logs = go(together)
+    for s in range(3):
+        alone = outer_steps(drawn, [s], method=method)
+        assert go(alone)[:, 0].allclose(logs[:, s], rtol=1e-4, atol=1e-5)
+        for a, b in zip(alone.learners[0].tensors(), together.learners[s].tensors()): assert a.allclose(b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('portion', [1, 2, 3, 5, 6, 100])
+@pytest.mark.parametrize('method', ['mamlpp', 'meta-sgd', 'boil'])
+def test_seeds_in_any_portions(drawn, portion, method):
+    nets = [Conv4(3, filters=4, seed=s).double() for s in range(3)]
+    batches = [double(EpisodeSampler(drawn['train'], 3, 1, 1, s)(0, 3)) for s in range(3)]
+    metas = [scattered(n, method, e) for n, e in zip(nets, batches)]
+    parts = dict(n_steps=3, loss_weights=[.2, 0., .8])
+    found = adjoint_gradient(conv4_calculus(nets[0])._replace(portion=portion), stack_seeds(metas), join_episodes(batches), n_seeds=3, **parts)
+    for s in range(3):
+        alone = adjoint_gradient(conv4_calculus(nets[0]), metas[s], batches[s], **parts)
+        assert found[0][s].allclose(alone[0], rtol=1e-10) and found[1][s].allclose(alone[1])
+        assert gradient_error([found[2][k][s] for k in alone[2]], list(alone[2].values())) < 1e-9
+
+
+@pytest.mark.parametrize('captured', [False, True])
+def test_steps_before_a_bad_one_are_kept(drawn, monkeypatch, captured):
+    monkeypatch.setattr(speed, '_capture', tape.capture)
+    good, bad = outer_steps(drawn, [0, 1]), outer_steps(drawn, [0, 1], captured=captured)
+    rows, fine = EpisodeSampler(drawn['train'], 3, 1, 2, 1, rotate=True)(2 * 4, 2).rows, bad.gradient
+    def poisoned(forward, meta, e, **parts):
+        loss, accuracy, g = fine(forward, meta, e, **parts)
+        hit = (e.rows[2:] == rows).all() # step 4 of seed 1
+        return loss, accuracy, {k: torch.where(hit, torch.inf, t) if k == 'start/head.weight' else t for k, t in g.items()}
+    bad.gradient = poisoned
+    assert bad.run(0, 8, 1e-3, 3).equal(good.run(0, 4, 1e-3, 3))
+    for a, b in zip(good.learners, bad.learners):
+        assert all(s.equal(t) for s, t in zip(a.tensors(), b.tensors()))
+    assert not len(bad.run(4, 3, 1e-3, 3))
+    with pytest.raises(ValueError, match='1 to 8'): bad.run(0, 9)
+
+
+def test_the_inner_loop_without_a_graph(drawn):
+    e = double(EpisodeSampler(drawn['train'], 3, 2, 1)(5, 5))
+    for net in (Conv4(3, filters=6).double(), Wide(3, filters=6).double()):
+        meta = scattered(net, 'mamlpp', e)
+        fast = list(fast_inner_loop(net)(task_batched(net), meta, e.support_x, e.support_y, 7))
+        plain = list(inner_loop(task_batched(net), meta, e.support_x, e.support_y, 7, second_order=False))
+        assert len(fast) == 7
+        for a, b in zip(fast, plain):
+            for k in b: assert a[k].allclose(b[k], rtol=1e-7, atol=1e-9)
+    with pytest.raises(ValueError, match='second'): next(fast_inner_loop(net)(None, meta, e.support_x, e.support_y, second_order=True))
