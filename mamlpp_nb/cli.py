@@ -54,7 +54,7 @@ def train_preset(
     folder, world = Path(out) if out else _folder(preset, config), join_world(pick_device(device))
     say = _line if world.rank == 0 else lambda text: None
     say(f'{preset}, {config.method}, seed {config.seed}: {config.epochs} epochs of {config.iterations} outer steps, in {folder}')
-    status = train_run(config, folder, None, world, minutes or None, say, tensorboard)
+    status = train_run(config, folder, world=world, minutes=minutes or None, say=say, tensorboard=tensorboard)
     if status == 'complete' and not (folder/'test.json').exists():
         tested = test_run(folder, None, world, say=say)
         if world.rank == 0: write_safely(folder/'test.json', lambda draft: draft.write_text(jsons.dumps(tested, indent=1)))

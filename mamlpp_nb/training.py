@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['presets', 'Config', 'configure', 'Setup', 'set_up', 'State', 'first_state', 'Damaged', 'save_state', 'load_state',
            'open_run', 'read_config', 'keep_state', 'newest_state', 'read_metrics', 'best_epochs', 'portion_of',
-           'noted_signals', 'Reporter', 'train_run', 'task_by_task', 'load_models', 'test_run', 'replay', 'read_run',
-           'plot_run']
+           'noted_signals', 'Reporter', 'train_runs', 'train_run', 'task_by_task', 'load_models', 'test_run', 'replay',
+           'read_run', 'plot_run']
 
 # %% ../nbs/08_training.ipynb #00000003
 import collections.abc as abc, contextlib, dataclasses, hashlib, json, math, os, signal, threading, time
 from pathlib import Path
+from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np, safetensors.torch, torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import nn, Tensor
 from .tasks import ClassImages, EpisodeSampler, load_data, progress_bar, write_safely
 from .network import Conv4, Weights, task_batched
-from .maml import Diverged, Forward, MetaParameters, Progress, evaluate, outer_loop
+from .maml import Diverged, Forward, MetaParameters, evaluate
 from .step_sizes import plot_step_sizes
 from .mamlpp import Schedule, find_method, loss_parts, method_parameters, outer_rate
-from .speed import fast_gradient, operations, worth_compiling
+from .speed import Learner, OuterSteps, fast_gradient, fast_inner_loop, fused_adam, operations, worth_compiling
 from .bench import peak_memory
 from .evaluation import summarise, test_models
 from .processes import World, any_process, own_share, shared_gradient, sum_over
@@ -111,7 +112,8 @@ class Setup:
     net:nn.Module             # the network, with its initial weights
     forward:Forward           # the same as a function
     gradient:abc.Callable     # the meta-gradient, fast (chapter 9)
-    compiled:bool             # does it compile at its first call?
+    adapt:abc.Callable        # the inner loop of validation and test, fast
+    compiled:bool             # do they compile at their first call?
     meta:MetaParameters       # as they are before the first outer step
     deal:EpisodeSampler       # meta-training episodes
     validation:EpisodeSampler # the fixed validation episodes
@@ -132,7 +134,7 @@ def set_up(
     meta = method_parameters(find_method(config.method), net, deal(0).support_x[0], config.n_steps, config.inner_lr)
     step = operations(net, deal.data.images.shape[-1], config.n_way*config.k_shot, config.n_way*config.n_target, config.n_tasks, config.n_steps)
     compiled = worth_compiling(step*config.epochs*config.iterations) # the same answer when the run goes on
-    return Setup(net, task_batched(net), fast_gradient(net, compiled), compiled, meta, deal, validation, test)
+    return Setup(net, task_batched(net), fast_gradient(net, compiled), fast_inner_loop(net, compiled), compiled, meta, deal, validation, test)
 
 # %% ../nbs/08_training.ipynb #00000012
 @dataclasses.dataclass
@@ -160,8 +162,7 @@ def first_state(
     setup:Setup, # from `set_up`; its meta-parameters will be moved
 )->State:
     "A run's state before its first outer step"
-    adam = torch.optim.Adam(setup.meta.learned().values(), lr=config.outer_lr, betas=(.9, config.beta2))
-    return State(setup.meta, adam, {k: t.detach().clone() for k,t in setup.meta.learned().items()} if config.average else {})
+    return State(setup.meta, fused_adam(setup.meta, config.outer_lr, config.beta2), {k: t.detach().clone() for k,t in setup.meta.learned().items()} if config.average else {})
 
 # %% ../nbs/08_training.ipynb #00000014
 class Damaged(ValueError):
@@ -196,13 +197,10 @@ def load_state(
     except SafetensorError as e: raise Damaged(f'{path} is not a whole checkpoint ({e})') from e
     digest = notes.pop('digest', None)
     if digest != _digest(tensors, notes): raise Damaged(f'{path} is damaged: its contents do not match its checksum')
-    wanted = {**state.meta.named(), **{f'average/{k}': t for k,t in state.average.items()}}
-    found = {k: t for k,t in tensors.items() if not k.startswith('adam/')}
-    differ = [k for k in sorted({*wanted, *found}) if k not in wanted or k not in found or wanted[k].shape != found[k].shape or wanted[k].dtype != found[k].dtype]
+    wanted = state.tensors()
+    differ = [k for k in sorted({*wanted, *tensors}) if k not in wanted or k not in tensors or wanted[k].shape != tensors[k].shape or wanted[k].dtype != tensors[k].dtype]
     if differ: raise ValueError(f'{path} does not fit the settings; {differ[0]} and {len(differ)-1} other tensors differ')
-    for k,t in wanted.items(): t.copy_(found[k])
-    for name,t in state.meta.learned().items():
-        state.adam.state[t] = {k: tensors[f'adam/{name}/{k}'].to(t.device if k != 'step' else 'cpu') for k in ('step','exp_avg','exp_avg_sq') if f'adam/{name}/{k}' in tensors}
+    for k,t in wanted.items(): t.copy_(tensors[k]) # in place: a captured step knows these tensors by their address
     run = json.loads(notes['run'])
     state.iteration, state.seconds, state.log = run['iteration'], run['seconds'], run['log']
     return json.loads(notes['about'])
@@ -218,6 +216,7 @@ def open_run(
     folder:str|Path, # of the run; made if it isn't there
     config:Config, # what it is to be
     device:str='cpu', # where this start computes, for the record
+    together:int=1, # seeds trained at once, for the record
 )->abc.Iterator[Path]: # the folder, locked
     "A run's folder for one process at a time, and for one configuration"
     folder, wanted = Path(folder), dataclasses.asdict(config)
@@ -232,7 +231,7 @@ def open_run(
         for draft in folder.glob('*.part*'): draft.unlink() # of a write that was cut short
         kept = read_config(folder) if known.exists() else (config, [])
         if kept[0] != config: raise ValueError(f'{folder} holds another run ({_differences(dataclasses.asdict(kept[0]), wanted)}); choose another folder')
-        _write_json(known, {'config': wanted, 'starts': [*kept[1], provenance(device)]})
+        _write_json(known, {'config': wanted, 'starts': [*kept[1], {**provenance(device), 'seeds_at_once': together}]})
         yield folder
     finally: lock.release()
 
@@ -313,7 +312,7 @@ def portion_of(device:str)->int: # tasks that validation and test take at a time
 def _validate(setup:Setup, model:MetaParameters, config:Config, world:World)->dict: # accuracy and ci95 of each step
     own = own_share(config.validation_tasks, world)
     grades = torch.zeros(config.validation_tasks, config.n_steps+1, dtype=torch.float64, device=world.device)
-    if own: grades[own.start:own.stop] = evaluate(setup.forward, model, lambda first,n: setup.validation(own.start+first, n), len(own), config.n_steps, portion_of(world.device)).per_task.to(world.device)
+    if own: grades[own.start:own.stop] = evaluate(setup.forward, model, lambda first,n: setup.validation(own.start+first, n), len(own), config.n_steps, portion_of(world.device), adapt=setup.adapt).per_task.to(world.device)
     grades = sum_over(world, [grades])[0].cpu()
     return {'accuracy': grades.mean(0).tolist(), 'ci95': (1.96*grades.std(0)/len(grades)**.5).tolist()}
 
@@ -361,17 +360,17 @@ class Reporter:
         per_step = (time.monotonic()-self.begin)/max(1, done-self.first)
         return _time(per_step*(self.config.epochs*self.config.iterations - done))
 
-    def step(self, state:State)->None:
-        loss, accuracy = np.mean([l[:2] for l in state.log[-20:]], axis=0)
+    def step(self, states:abc.Sequence[State], n:int)->None: # after n more outer steps of all seeds
+        state, (loss, accuracy) = states[0], np.mean([l[:2] for s in states for l in s.log[-20:]], axis=0)
         self.bar.set_description(f'epoch {(state.iteration-1)//self.config.iterations + 1}/{self.config.epochs}', refresh=False)
         self.bar.set_postfix_str(f'loss {loss:.3f}, accuracy {accuracy:.3f}', refresh=False)
-        self.bar.update()
+        self.bar.update(n)
         if self.bar.disable and time.monotonic()-self.said > 120:
             self.line(f'step {state.iteration} of {self.config.epochs*self.config.iterations}: loss {loss:.3f}, accuracy {accuracy:.3f}, {self._left(state.iteration)} left')
 
-    def epoch(self, row:dict)->None:
+    def epoch(self, row:dict, whose:str='')->None:
         v = row['validation']
-        self.line(f"epoch {row['epoch']+1:3d}/{self.config.epochs}: loss {row['loss']:.3f}, accuracy {row['accuracy']:.3f}, "
+        self.line(f"{whose}epoch {row['epoch']+1:3d}/{self.config.epochs}: loss {row['loss']:.3f}, accuracy {row['accuracy']:.3f}, "
                   f"validation {100*v['accuracy'][-1]:.2f} ± {100*v['ci95'][-1]:.2f} %, {_time(row['seconds'])} so far, {self._left(row['iteration'])} left")
 
     def line(self, text:str)->None:
@@ -393,69 +392,119 @@ def _board(folder:Path, wanted:bool, epoch:int)->abc.Iterator[abc.Callable[[dict
         yield write
 
 # %% ../nbs/08_training.ipynb #00000028
-def _outer(config:Config, setup:Setup, state:State, gradient:abc.Callable|None=None)->abc.Iterator[Progress]: # outer steps from where the state stands
-    method, epoch_of = find_method(config.method), lambda i: min(i//config.iterations, config.epochs-1)
-    return outer_loop(setup.forward, state.meta, setup.deal, state.adam, config.n_tasks, state.iteration,
-                      lambda i: loss_parts(method, config.schedule, epoch_of(i), config.n_steps), lambda i: outer_rate(method, config.schedule, epoch_of(i)), gradient or setup.gradient, config.clamp)
+def _outer_steps(config:Config, seeds:abc.Sequence[tuple[Setup,State]], world:World=World(), captured:bool=False)->OuterSteps:
+    setup, learners = seeds[0][0], [Learner(state.meta, setup.deal, state.adam, state.average) for setup,state in seeds]
+    return OuterSteps(setup.forward, learners, config.n_tasks, shared_gradient(world, setup.gradient), config.clamp, config.average, config.iterations, captured)
 
-@torch.no_grad()
-def _take(state:State, p:Progress, config:Config)->None: # what an outer step leaves behind besides the weights
-    state.iteration += 1
-    state.log.append([p.loss, p.accuracy, p.gradient_norm])
-    if state.average: torch._foreach_lerp_(list(state.average.values()), list(state.meta.learned().values()), 1-config.average)
+def _advance(steps:OuterSteps, config:Config, states:abc.Sequence[State], n:int)->bool: # n outer steps of one epoch; False if one of them is not finite
+    method, first = find_method(config.method), states[0].iteration
+    epoch = min(first//config.iterations, config.epochs-1)
+    log = steps.run(first, n, outer_rate(method, config.schedule, epoch), **loss_parts(method, config.schedule, epoch, config.n_steps))
+    for s,state in enumerate(states): state.iteration += len(log); state.log += log[:,s].tolist()
+    return len(log) == n
+
+_patience = 20. # seconds without a look
+
+def _stretch(config:Config, device:str, pace:float|None)->int: # outer steps between two looks; pace in seconds per step, None if not known yet
+    return 1 if device == 'cpu' else max(1, int(_patience/pace)) if pace else config.iterations
 
 @contextlib.contextmanager
-def _clear_errors(folder:Path): # a full disk, above all
+def _clear_errors(where:str): # a full disk, above all
     try: yield
-    except OSError as e: raise OSError(e.errno, f'could not write into {folder} ({e.strerror}). What was kept before is whole: make room, and the same command goes on') from e
+    except OSError as e: raise OSError(e.errno, f'could not write into {where} ({e.strerror}). What was kept before is whole: make room, and the same command goes on') from e
+
+class _Seed(NamedTuple): # one of the runs that go on together
+    config:Config
+    folder:Path
+    setup:Setup
+    state:State
+    rows:list[dict]
+    board:abc.Callable[[dict],None]
+
+def train_runs(
+    configs:abc.Sequence[Config], # what to run: settings that differ in the seed alone
+    folders:abc.Sequence[str|Path], # where; runs that are there go on
+    splits:dict[str,ClassImages]|None=None, # the data, if it is at hand; None: by its name
+    world:World=World(), # this process among others, and its device; several processes take one seed at a time
+    minutes:float|None=None, # stop after this time, in a state to go on from; None: at the end
+    say:abc.Callable[[str],None]=print, # takes a line of text
+    tensorboard:bool=False, # write for TensorBoard, into the folders?
+    keep_every:float=60., # seconds between states kept within an epoch
+    capture:bool=True, # on a GPU of its own: replay outer steps as CUDA graphs?
+)->str: # 'complete', 'out of time', 'SIGINT' or 'SIGTERM'
+    "Train several seeds at once, or go on training; raises `Diverged` with the iteration, the episodes and the last good state"
+    if len({dataclasses.replace(c, seed=0) for c in configs}) != 1 or len({c.seed for c in configs}) != len(configs): raise ValueError('runs that go on together must differ in their seeds, and in nothing else')
+    if len(configs) > 1 and world.size > 1: raise ValueError('several processes take one seed at a time')
+    writes, begin = world.rank == 0, time.monotonic()
+    splits = {s: d.to(world.device) for s,d in (splits or load_data(configs[0].data)).items()} # once, for all seeds
+    with contextlib.ExitStack() as open_ones:
+        noted = open_ones.enter_context(noted_signals())
+        open_ones.enter_context(_clear_errors(', '.join(map(str, folders))))
+        seeds = [_begin(open_ones, config, folder, splits, world, say if writes else lambda text: None, tensorboard, len(configs)) for config,folder in zip(configs, folders, strict=True)]
+        def stop(): return any_process(world, bool(noted) or (minutes is not None and time.monotonic()-begin > 60*minutes))
+        reporter = Reporter(configs[0], min((s.state for s in seeds), key=lambda state: state.iteration), say) if writes else None
+        try:
+            while True: # those behind catch up first
+                least = min(s.state.iteration for s in seeds)
+                until = min((s.state.iteration for s in seeds if s.state.iteration > least), default=configs[0].epochs*configs[0].iterations)
+                if least == until: return 'complete'
+                stopped = _loop([s for s in seeds if s.state.iteration == least], until, world, stop, reporter, keep_every, capture and world.size == 1 and world.device != 'cpu')
+                if stopped: return signal.Signals(noted[0]).name if noted else 'out of time'
+        finally:
+            if reporter: reporter.close()
 
 def train_run(
     config:Config, # what to run
     folder:str|Path, # where; a run that is there goes on
     splits:dict[str,ClassImages]|None=None, # the data, if it is at hand; None: by its name
-    world:World=World(), # this process among others, and its device
-    minutes:float|None=None, # stop after this time, in a state to go on from; None: at the end
-    say:abc.Callable[[str],None]=print, # takes a line of text
-    tensorboard:bool=False, # write for TensorBoard, into the folder?
-    keep_every:float=60., # seconds between states kept within an epoch
+    **settings, # of `train_runs`
 )->str: # 'complete', 'out of time', 'SIGINT' or 'SIGTERM'
-    "Train, or go on training; raises `Diverged` with the iteration, the episodes and the last good state"
-    setup, writes = set_up(config, splits or load_data(config.data), world.device), world.rank == 0
-    with open_run(folder, config, world.device) if writes else contextlib.nullcontext(Path(folder)) as folder, noted_signals() as noted:
-        any_process(world, False) # nobody reads before the folder is there
-        state = first_state(config, setup)
-        damaged = newest_state(folder, state, say if writes else lambda text: None)
-        any_process(world, False) # nobody writes before all have read
-        for path in damaged if writes else (): os.replace(path, path.with_suffix('.damaged'))
-        if writes: _step_back(folder)
-        rows = [r for r in read_metrics(folder) if r['iteration'] <= state.iteration]
-        if state.iteration and writes: say(f'going on after outer step {state.iteration} of {config.epochs*config.iterations}')
-        with _clear_errors(folder), _board(folder, tensorboard and writes, len(rows)) as board:
-            return _loop(config, folder, setup, state, rows, world, noted, minutes, Reporter(config, state, say) if writes else None, board, keep_every)
+    "Train, or go on training: `train_runs` with one seed"
+    return train_runs([config], [folder], splits, **settings)
 
-def _loop(config, folder, setup, state, rows, world, noted, minutes, reporter, board, keep_every)->str:
-    begin = kept = lap = time.monotonic()
-    loop = _outer(config, setup, state, shared_gradient(world, setup.gradient))
-    if reporter and setup.compiled: reporter.say('compiling the meta-step: up to a minute the first time, seconds when it comes from the cache')
-    try:
-        while state.iteration < config.epochs*config.iterations:
-            try: _take(state, next(loop), config)
-            except Diverged as e: raise _diverged(e, config, folder, setup, state, world) from e
-            now = time.monotonic(); state.seconds += now-lap
-            if reporter and setup.compiled and lap == begin: reporter.say(f'first outer step, with compiling: {now-lap:.1f} s')
-            lap = now
-            if reporter: reporter.step(state)
-            if state.iteration % config.iterations == 0:
-                rows.append(_metrics(config, state, setup, world))
-                state.log, lap = [], time.monotonic()
-                if reporter: _finish_epoch(config, folder, state, rows); reporter.epoch(rows[-1]); board(rows[-1]); kept = time.monotonic()
-            elif reporter and now-kept > keep_every: keep_state(folder, state, config); kept = time.monotonic()
-            if any_process(world, bool(noted) or (minutes is not None and time.monotonic()-begin > 60*minutes)) and state.iteration < config.epochs*config.iterations:
-                if reporter and state.log: keep_state(folder, state, config)
-                return signal.Signals(noted[0]).name if noted else 'out of time'
-        return 'complete'
-    finally:
-        if reporter: reporter.close()
+def _begin(open_ones, config, folder, splits, world, say, tensorboard, together)->_Seed: # a run as its folder has it
+    setup, writes = set_up(config, splits, world.device), world.rank == 0
+    folder = open_ones.enter_context(open_run(folder, config, world.device, together)) if writes else Path(folder)
+    any_process(world, False) # nobody reads before the folder is there
+    state = first_state(config, setup)
+    damaged = newest_state(folder, state, say)
+    any_process(world, False) # nobody writes before all have read
+    for path in damaged if writes else (): os.replace(path, path.with_suffix('.damaged'))
+    if writes: _step_back(folder)
+    rows = [r for r in read_metrics(folder) if r['iteration'] <= state.iteration]
+    if state.iteration: say(f'going on after outer step {state.iteration} of {config.epochs*config.iterations}{f", seed {config.seed}" if together > 1 else ""}')
+    return _Seed(config, folder, setup, state, rows, open_ones.enter_context(_board(folder, tensorboard and writes, len(rows))))
+
+def _loop(seeds, until, world, stop, reporter, keep_every, captured)->bool: # to outer step `until`; True if it was stopped before
+    config, states = seeds[0].config, [s.state for s in seeds]
+    compiled, total, pace, kept = seeds[0].setup.compiled, config.epochs*config.iterations, None, time.monotonic()
+    steps = _outer_steps(config, [(s.setup, s.state) for s in seeds], world, captured)
+    if reporter and compiled: reporter.say('compiling the meta-step: up to a minute the first time, seconds when it comes from the cache')
+    while states[0].iteration < until:
+        n, lap = min(_stretch(config, world.device, pace), config.iterations - states[0].iteration % config.iterations, until - states[0].iteration), time.monotonic()
+        if not _advance(steps, config, states, n): raise _diverged(seeds, world)
+        now = time.monotonic()
+        for state in states: state.seconds += now-lap
+        if reporter and compiled and pace is None: reporter.say(f"first {f'{n} outer steps' if n > 1 else 'outer step'}, with compiling: {now-lap:.1f} s")
+        pace = (now-lap)/n
+        if reporter: reporter.step(states, n)
+        if states[0].iteration % config.iterations == 0:
+            for s in seeds: _end_epoch(s, world, reporter, len(seeds) > 1)
+            kept = time.monotonic()
+        elif reporter and now-kept > keep_every: _keep_all(seeds); kept = time.monotonic()
+        if stop() and states[0].iteration < total:
+            if reporter and states[0].log: _keep_all(seeds)
+            return True
+    return False
+
+def _keep_all(seeds):
+    for s in seeds: keep_state(s.folder, s.state, s.config)
+
+def _end_epoch(seed, world, reporter, several):
+    config, folder, setup, state, rows, board = seed
+    rows.append(_metrics(config, state, setup, world))
+    state.log = []
+    if reporter: _finish_epoch(config, folder, state, rows); reporter.epoch(rows[-1], f'seed {config.seed}, ' if several else ''); board(rows[-1])
 
 def _finish_epoch(config, folder, state, rows)->None: # in an order in which any interruption leaves something to go on from
     _write_metrics(folder, rows)
@@ -474,12 +523,13 @@ def task_by_task(
     found = [(i, *setup.gradient(setup.forward, state.meta, setup.deal(i), **arguments)) for i in episodes]
     return [{'episode': i, 'loss': loss.item(), 'gradient_norm': torch.stack([g.norm() for g in gradients.values()]).norm().item()} for i,loss,_,gradients in found]
 
-def _diverged(e, config, folder, setup, state, world)->Diverged: # the same, saying more
-    good = all(t.isfinite().all() for t in state.meta.learned().values())
-    if world.rank == 0 and good: keep_state(folder, state, config)
-    bad = [str(t['episode']) for t in task_by_task(config, setup, state) if not math.isfinite(t['loss'] + t['gradient_norm'])]
-    return Diverged(f'{e}; of these, not finite by themselves: {", ".join(bad) or "none"}. The last good state{", before that step," if good else ""} is in {folder/"last.safetensors"}; '
-                    f'mamlpp replay {folder} --iteration {state.iteration} repeats the step')
+def _diverged(seeds, world)->Diverged: # names the seed, its episodes and what is left
+    if world.rank == 0: _keep_all(s for s in seeds if all(t.isfinite().all() for t in s.state.meta.learned().values()))
+    found = [[str(t['episode']) for t in task_by_task(s.config, s.setup, s.state) if not math.isfinite(t['loss'] + t['gradient_norm'])] for s in seeds]
+    (config, folder, setup, state, *_), bad = max(zip(seeds, found), key=lambda pair: len(pair[1]))
+    first = state.iteration*config.n_tasks
+    return Diverged(f'the meta loss or its gradient is not finite at iteration {state.iteration}, {setup.deal.data.split} episodes {first} to {first+config.n_tasks-1} of seed {config.seed}; '
+                    f'of these, not finite by themselves: {", ".join(bad) or "none"}. The last good state is in {folder/"last.safetensors"}; mamlpp replay {folder} --iteration {state.iteration} repeats the step')
 
 # %% ../nbs/08_training.ipynb #00000031
 def load_models(
@@ -518,7 +568,7 @@ def test_run(
     setup = set_up(config, splits or load_data(config.data), world.device)
     (models, names), n_tasks, n_steps = load_models(folder, config, setup, say), n_tasks or config.test_tasks, n_steps or config.n_steps
     begin = time.monotonic()
-    results = test_models(setup.net, models, setup.test if split == 'test' else setup.validation, n_tasks, n_steps, norms, n_permutations, setup.deal, portion_of(world.device), world)
+    results = test_models(setup.net, models, setup.test if split == 'test' else setup.validation, n_tasks, n_steps, norms, n_permutations, setup.deal, portion_of(world.device), world, setup.adapt)
     seconds = time.monotonic()-begin
     return {'norms': summarise(results), 'models': names, 'split': split, 'n_tasks': n_tasks, 'n_steps': n_steps, 'n_permutations': n_permutations,
             'seconds': seconds, 'tasks_per_second': n_tasks/seconds, 'config': dataclasses.asdict(config), **provenance(world.device)}
@@ -535,9 +585,8 @@ def replay(
     if not 0 <= iteration < config.epochs*config.iterations: raise ValueError(f'iteration must be from 0 to {config.epochs*config.iterations-1}, got {iteration}')
     setup = set_up(config, splits or load_data(config.data), device)
     state, source = _state_before(folder, iteration, config, setup)
-    for p in _outer(config, setup, state) if state.iteration < iteration else ():
-        _take(state, p, config)
-        if state.iteration == iteration: break
+    steps = _outer_steps(config, [(setup, state)])
+    while state.iteration < iteration and _advance(steps, config, [state], 1): pass
     arguments = loss_parts(find_method(config.method), config.schedule, iteration//config.iterations, config.n_steps)
     whole = setup.gradient(setup.forward, state.meta, setup.deal(iteration*config.n_tasks, config.n_tasks), **arguments)
     rows = read_metrics(folder)

@@ -164,8 +164,8 @@ def learner(drawn, seed, method='mamlpp', strided=False, average=False):
                         {k: t.detach().clone() for k, t in meta.learned().items()} if average else {})
 
 
-def outer_steps(drawn, seeds, **settings):
-    made = [learner(drawn, s, settings.pop('method', 'mamlpp'), average=True) for s in seeds]
+def outer_steps(drawn, seeds, method='mamlpp', **settings):
+    made = [learner(drawn, s, method, average=True) for s in seeds]
     return OuterSteps(task_batched(made[0][0]), [l for _, l in made], 2, fast_gradient(made[0][0]), decay=.9, longest=8, **settings)
 
 

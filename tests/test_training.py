@@ -178,11 +178,11 @@ def test_the_running_average_is_what_its_formula_says(few, tmp_path):
     train_run(config, tmp_path, few, say=quiet)
     state = first_state(config, a)
     load_state(tmp_path / 'last.safetensors', state)
-    from mamlpp_nb.training import _outer
+    from mamlpp_nb.training import _advance, _outer_steps
     plain = first_state(dataclasses.replace(config, average=0.), b)
-    loop, mean = _outer(config, b, plain), {k: t.detach().clone() for k, t in b.meta.learned().items()}
+    steps, mean = _outer_steps(config, [(b, plain)]), {k: t.detach().clone() for k, t in b.meta.learned().items()}
     for _ in range(4):
-        next(loop)
+        _advance(steps, config, [plain], 1)
         mean = {k: .8*m + .2*b.meta.learned()[k].detach() for k, m in mean.items()}
     for k in mean: assert torch.allclose(mean[k], state.average[k], atol=1e-6)
     assert torch.allclose(state.model.start['head.weight'], mean['start/head.weight'], atol=1e-6) and not torch.equal(state.model.start['head.weight'], state.meta.start['head.weight'])
