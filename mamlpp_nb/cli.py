@@ -21,7 +21,7 @@ from .per_step_norm import target_norms
 from .quickstart import pick_device, quickstart
 from .bench import bench
 from .processes import World, join_world
-from .training import Config, best_epochs, configure, plot_run, presets, read_run, replay, test_run, train_run
+from .training import Config, best_epochs, configure, plot_run, presets, read_run, replay, test_run, train_and_test
 
 # %% ../nbs/a2_command_line.ipynb #2631560b
 def _folder(preset:str, config:Config)->Path: # settings beyond method and seed leave their mark in the name
@@ -39,33 +39,44 @@ def _line(text:str)->None: print(text, flush=True)
 # %% ../nbs/a2_command_line.ipynb #e279f2df
 exit_codes = {'complete': 0, 'out of time': 3, 'SIGINT': 130, 'SIGTERM': 143} # how `train` ended; 1: it could not, 2: asked for wrongly, 4: diverged
 
+def _seeds(text:str)->list[int]: # '0,1,2'
+    try: seeds = [int(s) for s in text.split(',')]
+    except ValueError: raise ValueError(f'seeds must be whole numbers with commas between them, as in 0,1,2; got {text!r}') from None
+    if len({*seeds}) < len(seeds): raise ValueError(f'seeds must differ, got {text!r}')
+    return seeds
+
 def train_preset(
     preset:str, # settings to begin with: omniglot-20w1s, -20w5s, -5w1s, -5w5s, mini-imagenet-5w1s, -5w5s as the published code has them; with -paper as the paper has them
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one
     out:str='', # folder of the run; empty: runs/ and a name made from the settings. A run that is there goes on
+    seeds:str='', # several seeds to train at once, as in 0,1,2; each gets a folder (with --out: seed0, seed1 ... in it)
     minutes:float=0., # stop after this time (minutes) with exit code 3, to go on later; 0: at the end
+    no_capture:bool=False, # on a GPU, launch every operation by itself instead of replaying outer steps as CUDA graphs
     tensorboard:bool=False, # write for TensorBoard into the folder
     json:bool=False, # end with one line of JSON
     settings:Param(argparse.SUPPRESS)=None, # fields of `Config` that differ from the preset
 )->int: # exit code, see `exit_codes`
     "Train by a preset, or go on training, then test"
     if not 0 <= minutes < math.inf: raise ValueError(f'minutes must be at least 0, got {minutes}')
+    if seeds and 'seed' in (settings or {}): raise ValueError('give --seed or --seeds, not both')
     config = configure(preset, **{k: _convert(k, v) for k,v in (settings or {}).items()})
-    folder, world = Path(out) if out else _folder(preset, config), join_world(pick_device(device))
+    configs = [dataclasses.replace(config, seed=s) for s in _seeds(seeds)] if seeds else [config]
+    folders = [Path(out)/f'seed{c.seed}' if out and seeds else Path(out) if out else _folder(preset, c) for c in configs]
+    world = join_world(pick_device(device))
     say = _line if world.rank == 0 else lambda text: None
-    say(f'{preset}, {config.method}, seed {config.seed}: {config.epochs} epochs of {config.iterations} outer steps, in {folder}')
-    status = train_run(config, folder, world=world, minutes=minutes or None, say=say, tensorboard=tensorboard)
-    if status == 'complete' and not (folder/'test.json').exists():
-        tested = test_run(folder, None, world, say=say)
-        if world.rank == 0: write_safely(folder/'test.json', lambda draft: draft.write_text(jsons.dumps(tested, indent=1)))
+    for c,folder in zip(configs, folders): say(f'{preset}, {c.method}, seed {c.seed}: {c.epochs} epochs of {c.iterations} outer steps, in {folder}')
+    status = train_and_test(configs, folders, world=world, minutes=minutes or None, say=say, tensorboard=tensorboard, capture=not no_capture)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     if world.rank: return exit_codes[status]
-    run = read_run(folder)
-    if run['test']: say(test_table(run['test']))
-    else: say(f'stopped ({status}) after {run["epochs"]} of {config.epochs} epochs; the same command goes on')
-    if json: say(jsons.dumps({'folder': str(folder), 'status': status, 'epochs': run['epochs'], 'last': str(folder/'last.safetensors'),
-                              'validation': run['metrics'][-1]['validation']['accuracy'][-1] if run['metrics'] else None, 'test': run['test'] and run['test']['norms']}))
+    summaries = [_summary(read_run(folder), status, say) for folder in folders]
+    if json: say(jsons.dumps(summaries if seeds else summaries[0]))
     return exit_codes[status]
+
+def _summary(run:dict, status:str, say:abc.Callable[[str],None])->dict: # what a script may want to know
+    if run['test']: say(f"seed {run['config']['seed']}: {test_table(run['test'])}")
+    else: say(f"stopped ({status}) after {run['epochs']} of {run['config']['epochs']} epochs; the same command goes on")
+    return {'folder': run['folder'], 'status': status, 'epochs': run['epochs'], 'last': str(Path(run['folder'])/'last.safetensors'),
+            'validation': run['metrics'][-1]['validation']['accuracy'][-1] if run['metrics'] else None, 'test': run['test'] and run['test']['norms']}
 
 # %% ../nbs/a2_command_line.ipynb #e8bc1e2a
 def test_table(

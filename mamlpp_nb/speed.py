@@ -8,6 +8,7 @@ __all__ = ['operations', 'Calculus', 'autograd_calculus', 'adjoint_gradient', 'c
 
 # %% ../nbs/09_speed.ipynb #00000003
 import collections.abc as abc, dataclasses, functools, logging, os, sys
+from pathlib import Path
 from typing import Any, NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -80,8 +81,10 @@ def _add_to_row(total, table, i, names, term, n, sign=1): # the rows a step read
     for k in names:
         name = f'{table}/{k}'
         if name in total:
-            r, by_seed = total[name][:,min(i, total[name].shape[1]-1)], term(k).unflatten(0, (-1,n)).sum(1)
-            r.add_(by_seed.sum_to_size(len(r), *(1,)*(by_seed.ndim-r.ndim), *r.shape[1:]).view(r.shape), alpha=sign)
+            r, by_seed = total[name][:,min(i, total[name].shape[1]-1)], term(k)
+            if n > 1: by_seed = by_seed.unflatten(0, (-1,n)).sum(1)
+            if by_seed.shape != r.shape: by_seed = by_seed.sum_to_size(len(r), *(1,)*(by_seed.ndim-r.ndim), *r.shape[1:]).view(r.shape)
+            r.add_(by_seed, alpha=sign)
 
 def _portions(n_seeds, n_tasks, most): # (slice of seeds, first task, tasks of each seed): whole seeds where they fit
     if most >= n_tasks: return [(slice(s, min(s+most//n_tasks, n_seeds)), s*n_tasks, n_tasks) for s in range(0, n_seeds, most//n_tasks)]
@@ -286,7 +289,8 @@ class _Fused: # a function that is compiled at its first call, or runs as it is 
             _Fused.told, self.f = True, lambda *arguments: self.plain(*arguments)
             return self.f(*arguments)
     def _compiled(self):
-        os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache_folder()/'compiled')) # by default in a temporary folder
+        if Path(os.environ.get('TORCHINDUCTOR_CACHE_DIR', 'torchinductor_')).name.startswith('torchinductor_'): # torch's own choice, a temporary folder
+            os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(cache_folder()/'compiled')
         logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR) # it would say where CUDA is, also without a GPU
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit) # one program for each size of the inputs
         return torch.compile(self.plain, dynamic=False, options={'cpp.enable_floating_point_contract_flag': 'fast'})
@@ -432,7 +436,7 @@ class OuterSteps:
         self.forward, self.learners, self.n_tasks, self.gradient, self.clamp, self.decay, self.captured = forward, list(learners), n_tasks, gradient, clamp, decay, captured
         like = next(iter(learners[0].meta.start.values()))
         self.iteration, self.line = (torch.zeros(shape, dtype=torch.int64, device=like.device) for shape in ((), (1,)))
-        self.log, self.programs = like.new_zeros(longest, len(learners), 3), {}
+        self.log, self.longest, self.programs = like.new_zeros(max(longest, 4), len(learners), 3), longest, {} # a capture takes four lines
 
     def _step(self, weights:Tensor, graded:tuple[bool,...], second_order:bool)->None: # nothing in here may depend on a value
         episodes = join_episodes([l.deal(self.iteration*self.n_tasks, self.n_tasks) for l in self.learners])
@@ -455,6 +459,7 @@ class OuterSteps:
             step = functools.partial(self._step, weights, *kind)
             if self.captured:
                 before = self._copies()
+                self.line.zero_()
                 try: step = _capture(step)
                 except torch.OutOfMemoryError: raise
                 except RuntimeError as e:
@@ -477,7 +482,7 @@ class OuterSteps:
     )->Tensor: # (steps, seeds, 3), on the CPU: loss, accuracy, length of the gradient that reaches θ₀. Fewer than n steps if the next one's are not finite: the learners are as before that step
         "Do n outer steps, then look"
         values = [0.]*(n_steps-1) + [1.] if loss_weights is None else list(loss_weights)
-        if not 1 <= n <= len(self.log): raise ValueError(f'this was made for 1 to {len(self.log)} steps at a time, got {n}')
+        if not 1 <= n <= self.longest: raise ValueError(f'this was made for 1 to {self.longest} steps at a time, got {n}')
         step, weights = self._program(tuple(map(bool, values)), second_order)
         weights.copy_(torch.tensor(values)); self.iteration.fill_(first); self.line.zero_()
         for l in self.learners:

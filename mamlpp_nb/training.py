@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['presets', 'Config', 'configure', 'Setup', 'set_up', 'State', 'first_state', 'Damaged', 'save_state', 'load_state',
            'open_run', 'read_config', 'keep_state', 'newest_state', 'read_metrics', 'best_epochs', 'portion_of',
-           'noted_signals', 'Reporter', 'train_runs', 'train_run', 'task_by_task', 'load_models', 'test_run', 'replay',
-           'read_run', 'plot_run']
+           'noted_signals', 'Reporter', 'train_runs', 'train_run', 'task_by_task', 'load_models', 'test_run',
+           'train_and_test', 'replay', 'read_run', 'plot_run']
 
 # %% ../nbs/08_training.ipynb #00000003
 import collections.abc as abc, contextlib, dataclasses, hashlib, json, math, os, signal, threading, time
@@ -572,6 +572,23 @@ def test_run(
     seconds = time.monotonic()-begin
     return {'norms': summarise(results), 'models': names, 'split': split, 'n_tasks': n_tasks, 'n_steps': n_steps, 'n_permutations': n_permutations,
             'seconds': seconds, 'tasks_per_second': n_tasks/seconds, 'config': dataclasses.asdict(config), **provenance(world.device)}
+
+def train_and_test(
+    configs:abc.Sequence[Config], # as for `train_runs`
+    folders:abc.Sequence[str|Path], # a folder each
+    splits:dict[str,ClassImages]|None=None, # the data, if it is at hand; None: by its name
+    world:World=World(), # this process among others, and its device
+    say:abc.Callable[[str],None]=print, # takes a line of text
+    **settings, # of `train_runs`
+)->str: # how training ended
+    "Train, or go on training; when that is complete, test and write test.json, where it isn't there yet"
+    splits = splits or load_data(configs[0].data)
+    status = train_runs(configs, folders, splits, world, say=say, **settings)
+    for folder in map(Path, folders) if status == 'complete' else ():
+        if (folder/'test.json').exists(): continue
+        tested = test_run(folder, splits, world, say=say)
+        if world.rank == 0: _write_json(folder/'test.json', tested)
+    return status
 
 # %% ../nbs/08_training.ipynb #00000034
 def replay(

@@ -157,6 +157,20 @@ assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
     assert len(lines) == 1 and 'torch.compile does not work here' in lines[0]
 
 
+def test_programs_are_kept_in_the_cache_folder(tmp_path):
+    code = """
+import torch
+from mamlpp_nb.speed import _Fused, fused_adam
+from mamlpp_nb.maml import maml_parameters
+from mamlpp_nb.network import Conv4
+fused_adam(maml_parameters(Conv4(3, filters=4))) # makes torch choose a temporary folder
+_Fused(lambda x: x.sin() + 1)(torch.zeros(3))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env={**environment, "XDG_CACHE_HOME": str(tmp_path)})
+    assert list((tmp_path / "mamlpp_nb/compiled").rglob("*.cpp"))
+
+
 def learner(drawn, seed, method='mamlpp', strided=False, average=False):
     net = Conv4(3, filters=6, strided=strided, seed=seed)
     meta = method_parameters(find_method(method), net, EpisodeSampler(drawn['train'], 3, 1, 1)(0).support_x[0], 3)

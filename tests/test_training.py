@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tape
 from conftest import small_run
 from mamlpp_nb.maml import Diverged, load_meta, maml_parameters, outer_loop
 from mamlpp_nb.tasks import EpisodeSampler
 from mamlpp_nb.training import (Config, Damaged, best_epochs, configure, first_state, load_state, newest_state, open_run, presets, read_metrics, read_run, replay, save_state,
-                                set_up, test_run as run_test, train_run)
+                                set_up, test_run as run_test, train_run, train_runs)
 
 here = Path(__file__).parent
 
@@ -345,3 +346,75 @@ def test_a_compiled_run_goes_on_to_the_same_bits(few, tmp_path, monkeypatch):
     while train_run(small_run, tmp_path / 'parts', few, minutes=1e-6, say=quiet) != 'complete': pass
     assert equal(tmp_path / 'parts/last.safetensors', tmp_path / 'whole/last.safetensors') and no_clock(tmp_path / 'parts') == no_clock(tmp_path / 'whole')
     assert replay(tmp_path / 'whole', 4, few)['loss'] == replay(tmp_path / 'whole', 4, few)['recorded']
+
+
+# --- several seeds at once
+
+def of_seeds(config, n): return [dataclasses.replace(config, seed=s) for s in range(n)]
+
+
+def test_seeds_together_learn_what_each_learns_alone(few, tmp_path):
+    configs, said = of_seeds(small_run, 3), []
+    assert train_runs(configs, [tmp_path / f'together{s}' for s in range(3)], few, say=said.append) == 'complete'
+    assert sum(s.startswith('seed 2, epoch') for s in said) == small_run.epochs
+    for s, config in enumerate(configs):
+        train_run(config, tmp_path / f'alone{s}', few, say=quiet)
+        together, alone = (load_file(tmp_path / f'{k}{s}/last.safetensors') for k in ('together', 'alone'))
+        assert set(together) == set(alone)
+        for k, t in alone.items(): assert torch.allclose(t, together[k], rtol=1e-4, atol=1e-6), k
+        rows = [read_metrics(tmp_path / f'{k}{s}') for k in ('together', 'alone')]
+        assert [r['validation'] for r in rows[0]] == [r['validation'] for r in rows[1]]
+        for a, b in zip(*rows): assert a['losses'] == pytest.approx(b['losses'], abs=1e-5)
+    assert read_run(tmp_path / 'together1')['starts'][0]['seeds_at_once'] == 3
+
+
+def test_a_seed_that_is_behind_catches_up(few, tmp_path):
+    configs, folders = of_seeds(small_run, 2), [tmp_path / 'a', tmp_path / 'b']
+    train_runs(configs, [tmp_path / 'whole0', tmp_path / 'whole1'], few, say=quiet)
+    assert train_run(configs[0], folders[0], few, minutes=1e-6, say=quiet) == 'out of time' # one step of one seed
+    while train_runs(configs, folders, few, minutes=1e-6, say=quiet) != 'complete': pass # stopped after every step
+    for s in range(2):
+        one, other = load_file(folders[s] / 'last.safetensors'), load_file(tmp_path / f'whole{s}/last.safetensors')
+        for k, t in one.items(): assert torch.allclose(t, other[k], rtol=1e-4, atol=1e-6), k
+        assert [r['iteration'] for r in read_metrics(folders[s])] == [3, 6, 9]
+
+
+def test_runs_that_go_together_differ_in_the_seed_alone(few, tmp_path):
+    for second in (small_run, dataclasses.replace(small_run, seed=1, n_steps=3)):
+        with pytest.raises(ValueError, match='differ in their seeds'): train_runs([small_run, second], [tmp_path / 'a', tmp_path / 'b'], few, say=quiet)
+    assert not (tmp_path / 'a').exists()
+
+
+def test_one_of_two_seeds_diverges_and_is_named(few, tmp_path, monkeypatch):
+    from mamlpp_nb import training
+    taken = training.fused_adam
+    calls = []
+    def explosive(meta, lr, beta2): # the second seed has no chance
+        calls.append(lr)
+        if len(calls) == 2: next(iter(meta.start.values())).data.fill_(float('inf'))
+        return taken(meta, lr, beta2)
+    monkeypatch.setattr(training, 'fused_adam', explosive)
+    with pytest.raises(Diverged, match='iteration 0, .* of seed 1;'): train_runs(of_seeds(small_run, 2), [tmp_path / 'a', tmp_path / 'b'], few, say=quiet)
+
+
+@pytest.mark.parametrize('average', [0., .5])
+def test_a_captured_run_ends_with_the_same_bits(few, tmp_path, monkeypatch, average):
+    from mamlpp_nb import training
+    config = dataclasses.replace(small_run, average=average)
+    train_run(config, tmp_path / 'plain', few, say=quiet)
+    made = training._outer_steps
+    monkeypatch.setattr(training, '_outer_steps', lambda config, seeds, world, captured: made(config, seeds, world, True))
+    monkeypatch.setattr(training, '_stretch', lambda config, device, pace: config.iterations) # as on a GPU
+    monkeypatch.setattr('mamlpp_nb.speed._capture', tape.capture)
+    train_run(config, tmp_path / 'taped', few, say=quiet)
+    assert equal(tmp_path / 'plain/last.safetensors', tmp_path / 'taped/last.safetensors') and no_clock(tmp_path / 'plain') == no_clock(tmp_path / 'taped')
+
+
+def test_seeds_on_the_command_line(tmp_path):
+    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words, '--seeds', '3,5', '--json']
+    said = program(*words, '--out', 'both', cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    made = json.loads(said.stdout.splitlines()[-1])
+    assert [m['folder'] for m in made] == ['both/seed3', 'both/seed5'] and all(m['test'] for m in made)
+    assert program(*words, '--out', 'both', '--minutes', '1e-6', cwd=tmp_path).returncode == 0 # nothing is left to do
+    for seeds in ('1,1', '1;2', 'x'): assert 'seeds must' in program(*words[:-2], seeds, cwd=tmp_path).stderr
