@@ -369,7 +369,7 @@ def worth_compiling(
     n_operations:float, # of the whole run: `operations` times outer steps
 )->bool: # the same answer whenever it is asked
     "Is a run long enough to pay for a compiler?"
-    return n_operations > 2e13 # minutes of uncompiled work on two cores
+    return n_operations > 5e12 # more than a minute of uncompiled work on two cores
 
 # %% ../nbs/09_speed.ipynb #3c0737a5
 def stack_seeds(

@@ -411,10 +411,11 @@ def test_a_captured_run_ends_with_the_same_bits(few, tmp_path, monkeypatch, aver
 
 
 def test_seeds_on_the_command_line(tmp_path):
-    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words, '--seeds', '3,5', '--json']
+    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words, '--json', '--seeds', '3', '5']
     said = program(*words, '--out', 'both', cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     made = json.loads(said.stdout.splitlines()[-1])
     assert [m['folder'] for m in made] == ['both/seed3', 'both/seed5'] and all(m['test'] for m in made)
     assert program(*words, '--out', 'both', '--minutes', '1e-6', cwd=tmp_path).returncode == 0 # nothing is left to do
     for seeds in ('1,1', '1;2', 'x'): assert 'seeds must' in program(*words[:-2], seeds, cwd=tmp_path).stderr
+    assert '--seed or --seeds' in program(*words, '--seed', '1', cwd=tmp_path).stderr

@@ -1,0 +1,140 @@
+"Tables of runs: records that hold to their schema, budgets of time, divergence, seeds at once."
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+from safetensors.torch import load_file
+
+import tape  # noqa: F401  (the same folder as the other tests)
+from conftest import small_run
+from mamlpp_nb import reproduce as module
+from mamlpp_nb.cli import main
+from mamlpp_nb.maml import load_meta
+from mamlpp_nb.reproduce import Row, chosen_rows, over_seeds, read_records, record_schema, reproduce, results_table, seed_list, tables
+
+here = Path(__file__).parent
+results = here.parent / 'nbs/results/tables'
+committed = sorted(p for name in tables for p in (results / name).glob('*.json'))
+
+
+@pytest.fixture
+def table(monkeypatch, drawn):
+    "Two short rows on few classes."
+    few = {s: d.select(range(30), s) for s, d in drawn.items()}
+    monkeypatch.setattr(module, 'load_data', lambda name: few)
+    monkeypatch.setitem(tables, 'short', {'a': Row(small_run, (50., 1.)), 'b': Row(dataclasses.replace(small_run, method='maml'))})
+
+
+def no_clock(record): return {**record, 'seconds': 0, 'starts': [], 'epochs': [{**e, 'seconds': 0, 'memory_gb': 0} for e in record['epochs']],
+                              'test': {**record['test'], 'seconds': 0, 'tasks_per_second': 0}}
+
+
+@pytest.mark.parametrize('path', committed, ids=lambda p: p.stem)
+def test_committed_records_hold_to_the_schema_and_to_their_table(path):
+    record = json.loads(path.read_text())
+    jsonschema.validate(record, record_schema)
+    assert path.name == f"{record['row']}-seed{record['seed']}.json" and path.parent.name == record['table']
+    assert record['config'] == dataclasses.asdict(dataclasses.replace(tables[record['table']][record['row']].config, seed=record['seed']))
+    assert not any('+' in start['commit'] for start in record['starts']), 'made from files that were not committed'
+    assert record['test'] or record['diverged']
+    assert len(record['epochs']) == record['config']['epochs'] or record['diverged']
+    weights = path.with_suffix('.safetensors')
+    if record['test']:
+        assert weights.stat().st_size < 500_000
+        assert load_meta(weights)[1]['config'] == record['config']
+
+
+def test_the_schema_refuses_what_is_no_record(table, tmp_path):
+    assert reproduce('short', 'a', '0', device='cpu', out=tmp_path / 'runs', records=tmp_path / 'records') == 0
+    record = read_records(tmp_path / 'records', 'short')['a'][0]
+    jsonschema.validate(record, record_schema)
+    for spoil in (lambda r: r.pop('seed'), lambda r: r['test']['norms']['targets'].pop('ensemble'), lambda r: r.update(extra=1), lambda r: r['epochs'][0].pop('step_sizes')):
+        spoilt = json.loads(json.dumps(record))
+        spoil(spoilt)
+        with pytest.raises(jsonschema.ValidationError): jsonschema.validate(spoilt, record_schema)
+
+
+def test_a_table_in_many_small_pieces_is_the_same_table(table, tmp_path, capsys):
+    def go(name, **more): return reproduce('short', seeds='0 1', device='cpu', out=tmp_path / name, records=tmp_path / name / 'records', **more)
+    assert go('whole') == 0
+    codes = [go('pieces', minutes=1e-6)]
+    assert codes == [3] and not read_records(tmp_path / 'pieces/records', 'short') # nothing is shown that wasn't run
+    while codes[-1] == 3: codes.append(go('pieces', minutes=.005))
+    assert codes[-1] == 0
+    whole, pieces = (read_records(tmp_path / name / 'records', 'short') for name in ('whole', 'pieces'))
+    assert [*whole] == [*pieces] == ['a', 'b'] and all(len(r) == 2 for r in pieces.values())
+    for row in whole:
+        for a, b in zip(whole[row], pieces[row]): assert no_clock(a) == no_clock(b)
+    assert '50.00 ± 1.00' in results_table('short', whole) and 'the same command goes on' in capsys.readouterr().out
+
+
+def test_best_weights_are_those_that_were_tested(table, tmp_path):
+    reproduce('short', 'a', '0', device='cpu', out=tmp_path / 'runs', records=tmp_path)
+    record = read_records(tmp_path, 'short')['a'][0]
+    best = load_file(tmp_path / 'runs/short/a-seed0' / f"{record['test']['models'][0]}.safetensors")
+    kept = load_file(tmp_path / 'short/a-seed0.safetensors')
+    assert kept and all(best[f'average/{k}' if f'average/{k}' in best else k].equal(t) for k, t in kept.items())
+
+
+def test_seeds_at_once_make_a_record_each_and_one_that_diverges_spares_the_others(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, '_at_once', lambda seeds, device: [seeds])
+    taken = module.train_and_test
+
+    def explosive(configs, *rest, **more): # seed 1 has no chance
+        return taken([dataclasses.replace(c, outer_lr=1e20) if c.seed == 1 else c for c in configs] if len(configs) == 1 else configs, *rest, **more)
+
+    def together(configs, *rest, **more):
+        if len(configs) > 1 and any(c.seed == 1 for c in configs): raise module.Diverged('seed 1 will')
+        return explosive(configs, *rest, **more)
+    monkeypatch.setattr(module, 'train_and_test', together)
+    assert reproduce('short', seeds='0,1', device='cpu', out=tmp_path / 'runs', records=tmp_path) == 4
+    found = read_records(tmp_path, 'short')
+    assert [[r['diverged'] is None for r in rows] for rows in found.values()] == [[True, False]]*2
+    assert 'iteration' in found['a'][1]['diverged'] and found['a'][1]['test'] is None
+    for r in found['a']: jsonschema.validate(r, record_schema)
+    assert over_seeds(found['a'])[2] == 1 and '2, 1 diverged' in results_table('short', found)
+
+
+def test_three_seeds_at_once(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, '_at_once', lambda seeds, device: [seeds])
+    assert reproduce('short', 'a', '0 1 2', device='cpu', out=tmp_path / 'runs', records=tmp_path) == 0
+    assert [r['starts'][0]['seeds_at_once'] for r in read_records(tmp_path, 'short')['a']] == [3]*3
+
+
+def test_a_record_of_other_settings_is_not_overwritten(table, tmp_path, monkeypatch):
+    assert reproduce('short', 'a', '0', device='cpu', out=tmp_path / 'runs', records=tmp_path) == 0
+    monkeypatch.setitem(tables, 'short', {'a': Row(dataclasses.replace(small_run, n_steps=3))})
+    with pytest.raises(ValueError, match='other settings'): reproduce('short', 'a', '0', device='cpu', out=tmp_path / 'runs', records=tmp_path)
+    (tmp_path / 'short/a-seed0.json').write_text('{')
+    with pytest.raises(ValueError, match='is damaged'): read_records(tmp_path, 'short')
+
+
+def test_mistakes_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, named in ((['omniglots'], 'choose from omniglot'), (['omniglot', '--only', '20w1s'], 'its rows are 20w1s-mamlpp'), (['omniglot', '--seeds', '0', '0'], 'different whole numbers'),
+                         (['omniglot', '--minutes', '-1'], 'at least 0'), (['omniglot', '--data', 'glyphs'], 'for a trial')):
+        assert main(['reproduce', *words]) == 2 and named in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert seed_list(['0', '1,2']) == [0, 1, 2] and list(chosen_rows('omniglot', ['20w1s-maml', '5w5s-*']))[:2] == ['20w1s-maml', '5w5s-mamlpp']
+
+
+@pytest.mark.parametrize('name', tables)
+def test_every_row_begins_on_this_machine(name, tmp_path, capsys):
+    "One seed, two outer steps at full width; other data than Omniglot where that is missing. Costly rows: first and last."
+    rows = list(tables[name])
+    assert main(['reproduce', name, '--only', rows[0], rows[-1], '--seeds', '0', '--trial', '--data', 'glyphs', '--device', 'cpu', '--out', str(tmp_path), '--json']) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said['status'] == 'complete' and set(said['rows']) == {rows[0], rows[-1]}
+
+
+@pytest.mark.parametrize('page', ['11_omniglot.ipynb', 'index.ipynb'])
+def test_the_pages_show_what_the_records_say(page):
+    records = read_records(results, 'omniglot-small')
+    shown = (here.parent / 'nbs' / page).read_text()
+    for row, found in records.items():
+        for who in ('single', 'ensemble'):
+            mean, spread, n = over_seeds(found, 'targets', who)
+            assert n == 3 and re.search(rf'{mean:.2f} ± {spread:.2f}', shown), f'{page} does not show {row}, {who}'
