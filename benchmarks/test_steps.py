@@ -4,10 +4,12 @@
     python -m pytest benchmarks --benchmark-compare                compare with the last ones kept
 """
 import pytest
+import torch
 
 from mamlpp_nb.bench import Workload, outer_step, ways
 from mamlpp_nb.maml import evaluate, keep_freed_memory, maml_parameters
 from mamlpp_nb.network import Conv4, task_batched
+from mamlpp_nb.quickstart import pick_device
 from mamlpp_nb.speed import conv4_calculus
 from mamlpp_nb.tasks import EpisodeSampler, glyphs
 
@@ -17,7 +19,8 @@ five = Workload(5, 1, 1, 28, 32, 4) # 5-way 1-shot, 32 filters, 4 tasks
 
 @pytest.mark.parametrize('way', ways)
 def test_an_outer_step(benchmark, way):
-    step = outer_step(five, way, 'cpu')
+    if ways[way].captured and not torch.cuda.is_available(): pytest.skip('a capture needs a GPU')
+    step = outer_step(five, way, pick_device('auto'))
     step()
     benchmark.pedantic(step, rounds=7)
 

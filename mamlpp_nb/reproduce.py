@@ -24,17 +24,25 @@ class Row(NamedTuple):
     config:Config # of all its seeds
     published:tuple[float,...] = () # accuracy and its standard deviation over seeds, in %, as far as they were published
 
-def _rows(preset:str, published:dict[str,tuple[float,...]], **changes)->dict[str,Row]:
-    return {f"{preset.rpartition('-')[2]}-{method}": Row(configure(preset, method=method, **changes), numbers) for method,numbers in published.items()}
+def _rows(preset:str, published:dict[str,tuple[float,...]], mark:str='', **changes)->dict[str,Row]:
+    return {f"{preset.rpartition('-')[2]}-{method}{mark}": Row(configure(preset, method=method, **changes), numbers) for method,numbers in published.items()}
 
 _rest = dict.fromkeys(('mamlpp','maml','maml+lslr','maml+bn','maml+msl','meta-sgd'), ())
 _small = {'filters': 32, 'n_tasks': 4, 'epochs': 10, 'iterations': 200, 'multi_step_epochs': 1, 'validation_tasks': 200, 'keep': 3}
+_small_mini = {'filters': 24, 'epochs': 5, 'iterations': 200, 'multi_step_epochs': 1, 'validation_tasks': 100, 'test_tasks': 300, 'keep': 3}
 _one_shot = {'mamlpp': (97.65,.05), 'maml': (91.27,1.07), 'maml+lslr': (95.77,.38), 'maml+bn': (95.35,.23), 'maml+msl': (91.53,.69)}
 
 tables = {'omniglot': _rows('omniglot-20w1s', _one_shot) | _rows('omniglot-20w5s', {'mamlpp': (99.33,.03), 'maml': (98.78,)}) | _rows('omniglot-20w1s', {'meta-sgd': (95.93,.38)})
                       | _rows('omniglot-20w5s', {**_rest, 'mamlpp': (99.33,.03), 'maml': (98.78,), 'meta-sgd': (98.97,.19)}) | _rows('omniglot-5w1s', _rest) | _rows('omniglot-5w5s', _rest),
-          'stability': {f'{name}-strided': row for name,row in _rows('omniglot-20w1s', {'maml': (), 'mamlpp': ()}, strided=True).items()},
-          'omniglot-small': _rows('omniglot-5w1s', _rest, **_small)}
+          'stability': _rows('omniglot-20w1s', {'maml': (), 'mamlpp': ()}, '-strided', strided=True),
+          'mini-imagenet': _rows('mini-imagenet-5w1s', {'mamlpp': (52.40,1.13), 'maml': (48.64,)}) | _rows('mini-imagenet-5w5s', {'mamlpp': (67.15,.26), 'maml': (64.78,)}),
+          'omniglot-small': _rows('omniglot-5w1s', _rest, **_small),
+          'mini-imagenet-small': _rows('mini-imagenet-5w1s', {'mamlpp': (), 'maml': ()}, **_small_mini) | _rows('mini-imagenet-5w1s', {'mamlpp': (), 'maml': ()}, '-rate-0.1', inner_lr=.1, **_small_mini)}
+for n,published in ((4, (51.65,.34)), (3, (51.11,.11)), (2, (51.49,.25)), (1, (51.05,.31))): # inner steps
+    tables['mini-imagenet'] |= _rows('mini-imagenet-5w1s', {'mamlpp': published}, f'-{n}-step{"s" if n > 1 else ""}', n_steps=n)
+for shot in (1,5): # what the public code really did, because it never reads its setting of the inner learning rate
+    tables['mini-imagenet'] |= _rows(f'mini-imagenet-5w{shot}s', {'mamlpp': (), 'maml': ()}, '-rate-0.1', inner_lr=.1)
+tables['mini-imagenet'] |= _rows('mini-imagenet-5w1s', {'mamlpp': (), 'maml': ()}, '-unclamped', clamp=0.)
 
 # %% ../nbs/a5_reproduce.ipynb #00000009
 _number, _text = {'type': 'number'}, {'type': 'string'}
@@ -175,7 +183,7 @@ class _Job(NamedTuple): # seeds of a row that go on together
         write_safely(path, lambda draft: draft.write_text(jsons.dumps(record) + '\n'))
 
 def reproduce(
-    table:str, # omniglot (20-way, then 5-way), stability (strided networks), or omniglot-small (for two CPU cores)
+    table:str, # omniglot (20-way, then 5-way), stability (strided networks), mini-imagenet; for two CPU cores: omniglot-small, mini-imagenet-small
     only:Param('rows, by name or by a pattern such as 20w1s-*; empty: all', str, nargs='+')='',
     seeds:Param('seeds of every row', str, nargs='+')='0,1,2',
     minutes:float=0., # stop after this time (minutes) with exit code 3, to go on later; 0: at the end
@@ -191,14 +199,15 @@ def reproduce(
     rows, seeds, device, began = chosen_rows(table, only), seed_list(seeds), pick_device(device), time.monotonic()
     out, kept = Path(out), Path(records or ('nbs/results/tables' if Path('nbs/results').is_dir() else 'results'))
     if data and not trial: raise ValueError('a table has its own data; other data is for a trial')
-    changes = {**_trial, **({'data': data} if data else {})} if trial else {}
+    changes = {**_trial, **({'data': data, 'normalise': False} if data else {})} if trial else {} # normalisation is for colours
     if trial: out, kept = out/f'trial-{data or table}', out/f'trial-{data or table}'/'records'
     jobs = [_Job(table, name, [dataclasses.replace(row.config, seed=s, **changes) for s in some], out, kept) for name,row in rows.items() for some in _at_once(seeds, device)]
     todo, status, failed, load = [job for job in jobs if job.missing()], 'complete', [], functools.cache(load_data) # refuse before the first is run
     while todo:
         job, left = todo.pop(0), minutes*60 - (time.monotonic()-began)
         if minutes and left <= 0: status = 'out of time'; break
-        missing, splits = job.missing(), load(job.configs[0].data)
+        if not (missing := job.missing()): continue # another process has made it in the meantime
+        splits = load(job.configs[0].data)
         print(f"{table}, {job.row}, seed {', '.join(str(c.seed) for c in missing)}: {missing[0].epochs} epochs of {missing[0].iterations} outer steps", flush=True)
         try: status = train_and_test(missing, [job.folder(c) for c in missing], splits, World(device=device), minutes=left/60 if minutes else None)
         except Diverged as e:

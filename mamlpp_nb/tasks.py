@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['split_sizes', 'data_sets', 'ClassImages', 'from_labels', 'random_bits', 'stream', 'glyphs', 'tile', 'cache_folder',
            'data_root', 'progress_bar', 'list_images', 'read_images', 'write_safely', 'cached', 'find_omniglot',
-           'omniglot', 'mini_imagenet', 'load_data', 'characters', 'Episodes', 'EpisodeSampler', 'plot_episode']
+           'omniglot', 'mini_imagenet', 'find_duplicates', 'without_duplicates', 'load_data', 'characters', 'Episodes',
+           'EpisodeSampler', 'plot_episode']
 
 # %% ../nbs/00_tasks.ipynb #00000003
-import dataclasses, hashlib, io, itertools, json, math, os, warnings, zipfile
+import csv, dataclasses, hashlib, io, itertools, json, math, os, warnings, zipfile
 import collections.abc as abc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -343,23 +344,67 @@ def omniglot(
     return _cut(data, order)
 
 # %% ../nbs/00_tasks.ipynb #00000031
+def _in_parts(folder:Path)->dict[str,tuple[list[Path],abc.Callable]]: # split -> files it is made of, and a function that lists its images: split/class folders, or zips of them
+    parts = {s: [folder/s] if (folder/s).is_dir() else sorted(folder.glob(f'{s}.zip')) + sorted(folder.glob(f'{s}_*.zip')) for s in split_sizes}
+    return {s: (files, lambda files=files: [f for part in files for f in list_images(part)]) for s,files in parts.items()} if all(parts.values()) else {}
+
+def _in_a_table(table:Path, images:Path, paths:dict[str,Path])->tuple[list[Path],abc.Callable]:
+    with open(table, newline='') as f: rows = list(csv.DictReader(f))
+    if not rows or not {'filename','label'} <= set(rows[0]): raise ValueError(f'{table} should have the columns filename and label')
+    def files():
+        found = {Path(path.rpartition(':')[2]).name: (path, read) for _,path,read in list_images(images)}
+        missing = [r['filename'] for r in rows if r['filename'] not in found]
+        if missing: raise ValueError(f'{len(missing)} of the {len(rows)} images that {table} names are not in {images}; the first is {missing[0]}')
+        return [(r['label'], *found[r['filename']]) for r in rows]
+    return [table, *([paths[r['filename']] for r in rows if r['filename'] in paths] if images.is_dir() else [images])], files
+
+def _in_tables(folder:Path)->dict[str,tuple[list[Path],abc.Callable]]: # images in one place, and train.csv, val.csv, test.csv that name them
+    tables = {s: next(iter(sorted(folder.glob(f'{s}.csv')) + sorted(folder.glob(f'*/{s}.csv'))), None) for s in split_sizes}
+    images = next((p for p in (folder/'images', folder/'images.zip') if p.exists()), None)
+    if not images or not all(tables.values()): return {}
+    paths = {p.name: p for p in images.rglob('*')} if images.is_dir() else {}
+    return {s: _in_a_table(t, images, paths) for s,t in tables.items()}
+
 def mini_imagenet(
     root:str|Path|None=None, # where to look; None: `data_root()`
 )->dict[str,ClassImages]: # 'train' (64 classes), 'val' (16), 'test' (20), 84x84 colour, 600 images per class
-    "mini-ImageNet (Ravi and Larochelle's split): `train`, `val` and `test` as folders of class folders, or as zips of them"
+    "mini-ImageNet (Ravi and Larochelle's split): folders of class folders, zips of them, or one folder of images and three tables"
     root = Path(root or data_root())
     for folder in (root/'mini_imagenet', root/'mini-imagenet', root/'miniImageNet', root):
-        parts = {s: [folder/s] if (folder/s).is_dir() else sorted(folder.glob(f'{s}.zip')) + sorted(folder.glob(f'{s}_*.zip')) for s in split_sizes}
-        if all(parts.values()): break
+        if parts := _in_parts(folder) or _in_tables(folder): break
     else:
-        raise FileNotFoundError(f'no mini-ImageNet under {root}: expected a folder "mini_imagenet" with train, val and test as folders of class folders, '
-                                'or train.zip (or train_0.zip, train_1.zip ...), val.zip and test.zip. Its terms forbid a download; set MAMLPP_DATA to the folder that has it.')
-    def read(files): return lambda: read_images([f for part in files for f in list_images(part)], 84, 'RGB')
-    whole = {s: cached(f'mini-imagenet-{s}-84', files, read(files)) for s,files in parts.items()}
+        raise FileNotFoundError(f'no mini-ImageNet under {root}: expected a folder "mini_imagenet" with train, val and test as folders of class folders; '
+                                'or train.zip (or train_0.zip, train_1.zip ...), val.zip and test.zip; or images (a folder or images.zip) with train.csv, val.csv and test.csv. '
+                                'Its terms forbid a download; set MAMLPP_DATA to the folder that has it.')
+    whole = {s: cached(f'mini-imagenet-{s}-84', sources, lambda files=files: read_images(files(), 84, 'RGB')) for s,(sources,files) in parts.items()}
     return {s: data.select(range(len(data)), s) for s,data in whole.items()}
 
+# %% ../nbs/00_tasks.ipynb #a40d052c
+def find_duplicates(
+    splits:dict[str,ClassImages], # as from `load_data`
+)->list[list[tuple[str,int,int]]]: # groups of equal images: split, class, index within the class
+    "Images that are there more than once, to the pixel"
+    seen = {}
+    for split,data in splits.items():
+        for c,(first,n) in enumerate(zip(data.first.tolist(), data.count.tolist())):
+            for i in range(n): seen.setdefault(hashlib.sha256(data.images[first+i].cpu().numpy()).digest(), []).append((split, c, i))
+    return [group for group in seen.values() if len(group) > 1]
+
+def without_duplicates(
+    splits:dict[str,ClassImages], # as from `load_data`
+)->dict[str,ClassImages]: # copies where something was left out
+    "Each image once: a copy in test stays before one in val, and that before one in train"
+    order = ['test', 'val', 'train']
+    extra = [copy for group in find_duplicates(splits) for copy in sorted(group, key=lambda g: (order.index(g[0]), g[1:]))[1:]]
+    return {s: _without(data, {(c, i) for split,c,i in extra if split == s}) for s,data in splits.items()}
+
+def _without(data:ClassImages, extra:set)->ClassImages:
+    if not extra: return data
+    kept = [[int(first)+i for i in range(int(n)) if (c, i) not in extra] for c,(first,n) in enumerate(zip(data.first, data.count))]
+    return ClassImages(data.images[[row for rows in kept for row in rows]], [len(rows) for rows in kept], data.names, data.split)
+
 # %% ../nbs/00_tasks.ipynb #4e5ab632
-data_sets = {'omniglot': omniglot, 'glyphs': glyphs, 'mini-imagenet': mini_imagenet}
+data_sets = {'omniglot': omniglot, 'glyphs': glyphs, 'mini-imagenet': mini_imagenet, 'mini-imagenet-distinct': lambda: without_duplicates(mini_imagenet())}
 
 def load_data(
     name:str, # a key of `data_sets`

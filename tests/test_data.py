@@ -1,5 +1,6 @@
 "Where images come from, and what happens when they are missing, broken or strange."
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -159,25 +160,68 @@ def photo(seed, size=(84, 84)):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize('layout', ['folders', 'a zip per split', 'several zips of a split'])
+def in_layout(layout, root, n_classes, n_images=2):
+    "Photographs as somebody may have them; class c of a split, image i is photo(10c + i)."
+    root.mkdir()
+    for split, n in n_classes.items():
+        lines = ['filename,label']
+        for c in range(n):
+            for i in range(n_images):
+                content, name = photo(10*c + i), f'{split}/n{split}{c}/{i}.jpg'
+                if layout.startswith('tables'):
+                    name = f'n{split}{c}{i:08d}.jpg'
+                    lines.append(f'{name},n{split}{c}')
+                if layout == 'folders': path = root / name
+                if layout in ('tables, a folder', 'tables, nested'): path = root / 'images' / ('' if 'folder' in layout else f'n{split}{c}') / name
+                if layout in ('folders', 'tables, a folder', 'tables, nested'):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
+                else:
+                    archive = root / ('images.zip' if layout.startswith('tables') else f'{split}_{c % 2}.zip' if layout.startswith('several') else f'{split}.zip')
+                    with zipfile.ZipFile(archive, 'a') as z: z.writestr(name, content)
+        if layout.startswith('tables'):
+            path = root / ('ravi' if 'nested' in layout else '.') / f'{split}.csv'
+            path.parent.mkdir(exist_ok=True)
+            path.write_text('\n'.join(lines))
+
+
+@pytest.mark.parametrize('layout', ['folders', 'a zip per split', 'several zips of a split', 'tables, a folder', 'tables, nested', 'tables, a zip'])
 def test_mini_imagenet_in_the_layouts_people_have(layout, tmp_path, own_cache):
     n_classes = {'train': 4, 'val': 2, 'test': 3}
-    for split, n in n_classes.items():
-        for c in range(n):
-            for i in range(2):
-                name, part = f'{split}/n{split}{c}/{i}.jpg', '_' + str(c % 2) if layout.startswith('several') else ''
-                if layout == 'folders':
-                    (tmp_path / 'mini_imagenet' / name).parent.mkdir(parents=True, exist_ok=True)
-                    (tmp_path / 'mini_imagenet' / name).write_bytes(photo(10*c + i))
-                else:
-                    (tmp_path / 'mini_imagenet').mkdir(exist_ok=True)
-                    with zipfile.ZipFile(tmp_path / f'mini_imagenet/{split}{part}.zip', 'a') as z: z.writestr(name, photo(10*c + i))
+    in_layout(layout, tmp_path / 'mini_imagenet', n_classes)
     for _ in range(2): # decoded, then from the cache
         splits = tasks.mini_imagenet(tmp_path)
         assert {s: len(d) for s, d in splits.items()} == n_classes and {s: d.split for s, d in splits.items()} == {s: s for s in n_classes}
         assert splits['train'].names == ('ntrain0', 'ntrain1', 'ntrain2', 'ntrain3') and splits['test'].images.shape == (6, 3, 84, 84)
         expected = np.asarray(Image.open(io.BytesIO(photo(11)))).transpose(2, 0, 1)
         assert (splits['train'].of_class(1)[1].numpy() == expected).all()
+    assert len(list(own_cache.glob('mini-imagenet-*.safetensors'))) == 3
+
+
+def test_tables_of_mini_imagenet_that_do_not_fit(tmp_path, own_cache):
+    root = tmp_path / 'mini_imagenet'
+    in_layout('tables, a folder', root, {'train': 2, 'val': 2, 'test': 2})
+    (root / 'images/nval100000001.jpg').unlink()
+    with pytest.raises(ValueError, match='1 of the 4 images .*val.csv names .* nval100000001.jpg'): tasks.mini_imagenet(tmp_path)
+    (root / 'val.csv').write_text('file,class\na,b\n')
+    with pytest.raises(ValueError, match='columns filename and label'): tasks.mini_imagenet(tmp_path)
+    assert not list(own_cache.glob('*val*')) # nothing half made is kept
+
+
+def test_a_changed_image_is_decoded_again(tmp_path, own_cache):
+    in_layout('tables, a folder', tmp_path / 'mini_imagenet', {'train': 2, 'val': 2, 'test': 2})
+    before = tasks.mini_imagenet(tmp_path)['test'].of_class(0)[0].clone()
+    path = tmp_path / 'mini_imagenet/images/ntest000000000.jpg'
+    path.write_bytes(photo(99))
+    os.utime(path, ns=(1, 1))
+    assert not before.equal(tasks.mini_imagenet(tmp_path)['test'].of_class(0)[0])
+
+
+def test_duplicates_on_the_real_photographs():
+    try: splits = tasks.mini_imagenet()
+    except FileNotFoundError: pytest.skip('no mini-ImageNet under the data root (set MAMLPP_DATA)')
+    groups = tasks.find_duplicates(splits)
+    assert len(groups) == 8 and sum({s for s, *_ in g} == {'train', 'val'} for g in groups) == 6 and not any(s == 'test' for g in groups for s, *_ in g)
 
 
 def test_missing_data_sets_are_named(tmp_path, monkeypatch):

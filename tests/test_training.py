@@ -287,6 +287,13 @@ def test_evaluation_takes_few_tasks_at_a_time(few, done):
     assert asked == [5, 5, 5, 5, 1]
 
 
+def test_validation_by_the_fast_inner_loop_says_what_the_plain_one_says(few, done):
+    from mamlpp_nb.maml import evaluate
+    setup = set_up(small_run, few)
+    fast, plain = (evaluate(setup.forward, setup.meta, setup.validation, 20, small_run.n_steps, **how).per_task for how in ({'adapt': setup.adapt}, {}))
+    assert torch.equal(fast, plain) and fast.std() > 0
+
+
 # --- the program
 
 small_words = '--data glyphs --n_way 3 --filters 4 --n_steps 2 --n_tasks 3 --epochs 2 --iterations 4 --validation_tasks 5 --test_tasks 5 --keep 2 --device cpu'.split()
