@@ -18,7 +18,7 @@ from nbdev.clean import nbdev_clean
 from mamlpp_nb.quickstart import provenance
 from mamlpp_nb.tasks import characters
 
-os.environ['TQDM_DISABLE'] = '1' # a progress bar says nothing on a page
+os.environ |= {'TQDM_DISABLE': '1', 'MAMLPP_PHOTOS': '0'} # a progress bar says nothing on a page, and photographs of mini-ImageNet must not be passed on
 nbs = Path(__file__).parent.parent / 'nbs'
 log = nbs / 'results/chapters.json'
 names = sys.argv[1:] or sorted(p.stem for p in nbs.glob('[!_]*.ipynb'))
