@@ -7,7 +7,7 @@ __all__ = ['workloads', 'ways', 'Workload', 'find_workload', 'Way', 'outer_step'
            'ceilings', 'describe', 'busy', 'measure', 'table', 'scaling', 'bench']
 
 # %% ../nbs/a1_benchmark.ipynb #00000003
-import dataclasses, subprocess, sys, time
+import dataclasses, os, subprocess, sys, time
 import collections.abc as abc
 from json import dumps
 from pathlib import Path
@@ -177,8 +177,10 @@ def busy(
 )->float: # share of the time: of all threads on a CPU, of the kernels on a GPU
     "How much of a step does the device compute?"
     if device.startswith('cuda'):
+        os.environ.setdefault('TEARDOWN_CUPTI', '0') # torch's advice where graphs are profiled
+        with profile(activities=[ProfilerActivity.CUDA]): step() # the profiler itself needs a start
         with profile(activities=[ProfilerActivity.CUDA]) as p: start = time.perf_counter(); step(); seconds = time.perf_counter()-start
-        return sum(e.self_device_time_total for e in p.key_averages())/1e6/seconds
+        return sum(e.self_device_time_total for e in p.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)/1e6/seconds
     start, used = time.perf_counter(), time.process_time()
     step()
     return (time.process_time()-used)/(time.perf_counter()-start)/torch.get_num_threads()

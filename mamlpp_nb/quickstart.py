@@ -18,7 +18,7 @@ from .network import Conv4, task_batched
 from .maml import MetaParameters, at_step, evaluate, inner_loop, load_meta, train
 from .per_step_norm import gather_statistics, predict_targets
 from .mamlpp import Schedule, find_method, method_loop, method_parameters, methods, parts
-from .speed import fast_gradient, operations, worth_compiling
+from .speed import fast_gradient, operations, use_float32, worth_compiling
 
 # %% ../nbs/a0_quickstart.ipynb #00000006
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +58,11 @@ def pick_device(
     name:str='auto', # 'auto', 'cpu', 'cuda', 'cuda:1', ...
 )->str:
     "A CUDA device where there is one and 'auto' was asked for, else the one that was named"
-    if name == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e: raise ValueError(f'no device {name!r} here ({str(e).splitlines()[0]}); try auto or cpu') from e
+    if name.startswith('cuda'): use_float32()
+    if name.startswith('cuda:'): torch.cuda.set_device(name)
     return name
 
 # %% ../nbs/a0_quickstart.ipynb #c10c0001

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['operations', 'Calculus', 'autograd_calculus', 'adjoint_gradient', 'conv4_calculus', 'fast_gradient',
-           'fast_inner_loop', 'worth_compiling', 'stack_seeds', 'join_episodes', 'Learner', 'fused_adam', 'OuterSteps']
+           'fast_inner_loop', 'worth_compiling', 'stack_seeds', 'join_episodes', 'Learner', 'use_float32', 'fused_adam',
+           'OuterSteps']
 
 # %% ../nbs/09_speed.ipynb #00000003
-import collections.abc as abc, dataclasses, functools, logging, os, sys
+import collections.abc as abc, contextlib, dataclasses, functools, logging, os, sys
 from pathlib import Path
 from typing import Any, NamedTuple
 import torch, torch.nn.functional as F
@@ -122,7 +123,7 @@ def _walk(calculus, meta, e, n, weights, second_order, recompute, total, n_tasks
         _, _, g, kept = calculus.gradient(at, x, e.support_y)
         fast = {k: (g[k]*-alpha[k]).add_(w) if k in g else w for k,w in fast.items()} # laid out in memory as the gradient is
         if weight is not None:
-            losses, logits, target, _ = calculus.gradient({**fast, **_rows(meta.per_step, i, n)}, x_T, e.target_y)
+            losses, logits, target = calculus.gradient({**fast, **_rows(meta.per_step, i, n)}, x_T, e.target_y)[:3]
             loss = loss + weight*losses.unflatten(0, (-1,n)).sum(1)
             target = dict(zip(target, torch._foreach_mul(list(target.values()), weight/n_tasks)))
         steps.append((at, g, kept if second_order and not recompute else None, target))
@@ -145,22 +146,27 @@ def _walk(calculus, meta, e, n, weights, second_order, recompute, total, n_tasks
 def _stacked(tensors): return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors) # keeps the layout of the only one
 def _channels_last(w): return w.flatten(0,1).contiguous(memory_format=torch.channels_last).view(w.shape) # (tasks, out, channels, 3, 3)
 
-def _columns(x:Tensor, stride:int)->Tensor: # (tasks, images, channels, height, width) -> (tasks, images, h, w, 9·channels): what each place of a 3x3 convolution sees
-    h, w = ((n-1)//stride + 1 for n in x.shape[3:])
-    return F.unfold(x.flatten(0,1), 3, padding=1, stride=stride).transpose(1,2).reshape(*x.shape[:2], h, w, -1)
+def _columns(x:Tensor, stride:int)->Tensor: # (tasks, images, height, width, channels) -> (tasks, images, h, w, 9·channels): what each place of a 3x3 convolution sees
+    h, w = ((n-1)//stride + 1 for n in x.shape[2:4])
+    p = F.pad(x, (0,0, 1,1, 1,1)) # slices, not F.unfold, which on a GPU is a launch for each image
+    return torch.stack([p[:,:,i:i+stride*(h-1)+1:stride,j:j+stride*(w-1)+1:stride] for i in range(3) for j in range(3)], -1).flatten(-2)
+
+def _from_columns(s:Tensor, size:abc.Sequence[int], stride:int)->Tensor: # (tasks, images, h, w, channels, 9) -> (tasks, images, height, width, channels): the transpose of `_columns`, without the atomic sums of F.fold
+    (T, N, h, w, C, _), (H, W) = s.shape, size
+    if stride > 1: s = F.pad(s[:,:,:,None,:,None], (0,0, 0,0, 0,stride-1, 0,0, 0,stride-1)).reshape(T, N, h*stride, w*stride, C, 9)[:,:,:H,:W]
+    return sum(F.pad(s[...,3*i+j], (0,0, j,2-j, i,2-i)) for i in range(3) for j in range(3))[:,:,1:-1,1:-1]
 
 def _convolve(x, w, stride): # x (tasks, images, height, width, channels), w (tasks, out, channels, 3, 3) -> (tasks, images, h, w, out)
     if x.is_cuda: # one batched matrix product for all tasks
-        c = _columns(x.permute(0,1,4,2,3), stride)
+        c = _columns(x, stride)
         return (c.flatten(1,3) @ w.flatten(2).transpose(1,2)).view(*c.shape[:4], -1)
     return _stacked([F.conv2d(a.permute(0,3,1,2), b, None, stride, 1).permute(0,2,3,1) for a,b in zip(x.unbind(), w.unbind())])
 
 def _convolve_back(g, x, w, stride): # derivatives of the sum of g·convolve(x, w) by x and by w
     if x.is_cuda:
-        flat, size = g.flatten(1,3), x.shape[2:4]
-        spread = (flat @ w.flatten(2)).view(-1, g.shape[2]*g.shape[3], w[0,0].numel()).transpose(1,2)
-        by_x = F.fold(spread, size, 3, padding=1, stride=stride).view(*x.shape[:2], -1, *size).permute(0,1,3,4,2)
-        return by_x, (flat.transpose(1,2) @ _columns(x.permute(0,1,4,2,3), stride).flatten(1,3)).view_as(w)
+        flat = g.flatten(1,3)
+        by_x = _from_columns((flat @ w.flatten(2)).view(*g.shape[:4], -1, 9), x.shape[2:4], stride)
+        return by_x, (flat.transpose(1,2) @ _columns(x, stride).flatten(1,3)).view_as(w)
     pairs = [torch.ops.aten.convolution_backward(c.permute(0,3,1,2), a.permute(0,3,1,2), b, None, [stride]*2, [1,1], [1,1], False, [0,0], 1, [True,True,False])[:2]
              for c,a,b in zip(g.unbind(), x.unbind(), w.unbind())]
     return _stacked([p[0] for p in pairs]).permute(0,1,3,4,2), _stacked([p[1] for p in pairs])
@@ -311,7 +317,7 @@ def conv4_calculus(
     convs, norms = [f'conv{i}.weight' for i in range(4)], [f'norm{i}' for i in range(4)]
     def prepare(x):
         for hook in net._forward_pre_hooks.values(): x = hook(net, (x.flatten(0,1),))[0].unflatten(0, x.shape[:2])
-        c = _columns(x, stride)
+        c = _columns(x.permute(0,1,3,4,2), stride)
         c.sub_(_all((c.sum(3).double().mean((1,2))/c.shape[3]).to(c.dtype)))
         rows = c.flatten(0,2) # short sums in c's precision, the sum of them in float64
         return c, (rows.transpose(1,2) @ rows).double().unflatten(0, (len(c), -1)).sum(1).div(c[0,...,0].numel()).to(c.dtype)
@@ -398,6 +404,10 @@ class Learner(NamedTuple):
         learned = list(self.meta.learned().values())
         return [*learned, *(v for t in learned for v in self.adam.state[t].values()), *self.average.values()]
 
+def use_float32()->None:
+    "Multiply float32 as float32 on a GPU, in convolutions too, where torch takes the shorter TF32 by default"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
 def fused_adam(
     meta:MetaParameters, # what is learned
     lr:float=1e-3, # learning rate to begin with
@@ -418,7 +428,7 @@ def _capture(step:abc.Callable[[],None])->abc.Callable[[],None]: # the step as a
         for _ in range(3): step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): step()
+    with torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'): step()
     return graph.replay
 
 class OuterSteps:
@@ -460,10 +470,11 @@ class OuterSteps:
             if self.captured:
                 before = self._copies()
                 self.line.zero_()
-                try: step = _capture(step)
+                try:
+                    with torch.cuda.device(self.log.device) if self.log.is_cuda else contextlib.nullcontext(): step = _capture(step)
                 except torch.OutOfMemoryError: raise
                 except RuntimeError as e:
-                    print(f'outer steps cannot be captured as CUDA graphs ({str(e).strip().splitlines()[0]}): they are launched one by one, which is slower', file=sys.stderr, flush=True)
+                    print(f'outer steps cannot be captured as CUDA graphs ({str(e.__context__ or e).strip().splitlines()[0]}): they are launched one by one, which is slower', file=sys.stderr, flush=True)
                     self.captured = False
                 self._put_back(before)
             self.programs[kind] = step, weights
@@ -484,7 +495,7 @@ class OuterSteps:
         values = [0.]*(n_steps-1) + [1.] if loss_weights is None else list(loss_weights)
         if not 1 <= n <= self.longest: raise ValueError(f'this was made for 1 to {self.longest} steps at a time, got {n}')
         step, weights = self._program(tuple(map(bool, values)), second_order)
-        weights.copy_(torch.tensor(values)); self.iteration.fill_(first); self.line.zero_()
+        weights.copy_(weights.new_tensor(values)); self.iteration.fill_(first); self.line.zero_()
         for l in self.learners:
             for group in l.adam.param_groups if rate is not None else (): group['lr'].fill_(rate)
         before = self._copies()

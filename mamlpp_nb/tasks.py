@@ -485,7 +485,7 @@ def _pixels(self:EpisodeSampler, rows:Tensor, turns:Tensor)->Tensor: # (tasks, w
     if self.rotate:
         order = torch.stack([self._turned.rot90(k).flatten() for k in range(4)])[turns][:,:,None,None]
         x = x.flatten(-2).gather(-1, order.expand(*x.shape[:4], -1)).view(x.shape)
-    return x/255
+    return x/torch.full((), 255., device=x.device) # a number would be multiplied by its reciprocal on a GPU, with other bits
 
 @patch
 def __call__(self:EpisodeSampler,

@@ -486,7 +486,7 @@ def _loop(seeds, until, world, stop, reporter, keep_every, captured)->bool: # to
         now = time.monotonic()
         for state in states: state.seconds += now-lap
         if reporter and compiled and pace is None: reporter.say(f"first {f'{n} outer steps' if n > 1 else 'outer step'}, with compiling: {now-lap:.1f} s")
-        pace = (now-lap)/n
+        pace = sum_over(world, [torch.tensor([(now-lap)/n], dtype=torch.float64, device=world.device)])[0].item()/world.size # of all processes together: they must agree on the next stretch
         if reporter: reporter.step(states, n)
         if states[0].iteration % config.iterations == 0:
             for s in seeds: _end_epoch(s, world, reporter, len(seeds) > 1)

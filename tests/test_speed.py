@@ -265,3 +265,14 @@ def test_the_inner_loop_without_a_graph(drawn):
         for a, b in zip(fast, plain):
             for k in b: assert a[k].allclose(b[k], rtol=1e-7, atol=1e-9)
     with pytest.raises(ValueError, match='second'): next(fast_inner_loop(net)(None, meta, e.support_x, e.support_y, second_order=True))
+
+
+def test_weights_of_target_losses_are_as_exact_as_the_network(drawn):
+    net = Conv4(3, filters=4).double()
+    meta = method_parameters(find_method('mamlpp'), net, EpisodeSampler(drawn['train'], 3, 1, 1)(0).support_x[0].double(), 2)
+    deal = EpisodeSampler(drawn['train'], 3, 1, 2)
+    of = fast_gradient(net)
+    exact = lambda forward, m, e, **parts: of(forward, m, double(e), **parts)
+    expected = exact(None, meta, deal(0, 2), n_steps=2, loss_weights=[.3, .7])[0].item()
+    steps = OuterSteps(task_batched(net), [Learner(meta, deal, fused_adam(meta), {})], 2, exact)
+    assert abs(steps.run(0, 1, n_steps=2, loss_weights=[.3, .7])[0, 0, 0].item() - expected) < 1e-14
