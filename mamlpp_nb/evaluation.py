@@ -55,6 +55,8 @@ def test_models(
     portion:int=4, # tasks at a time; changes speed and memory, and results only by rounding
     world:World=World(), # processes that share the work
     adapt:abc.Callable[...,abc.Iterator[Weights]]=inner_loop, # the inner loop, or what stands for it
+    predicts:dict[str,Predict]|None=None, # for each norm what predicts by it; None: `predict_targets`
+    look:abc.Callable[[Weights,Tensor],tuple[Tensor,Weights]]|None=None, # what gathers statistics; None: `with_statistics`
 )->dict[str,dict[str,Evaluation]]: # for each norm, 'single': the first model, 'ensemble': the mean of all models' logits
     "Accuracy of the best model and of the ensemble of all"
     unknown = set(norms) - set(target_norms)
@@ -62,8 +64,8 @@ def test_models(
     if min(n_tasks-1, len(models), n_steps) < 1: raise ValueError(f'at least 2 tasks (an interval needs them), 1 model and 1 inner step; got {n_tasks}, {len(models)} and {n_steps}')
     if 'running' in norms:
         if gather is None: raise ValueError("the norm 'running' needs meta-training tasks to gather statistics from")
-        models = [gather_statistics(net, m, gather, 100, n_steps, portion) for m in models]
-    forward, predicts, own = task_batched(net), {norm: predict_targets(net, norm) for norm in norms}, own_share(n_tasks, world)
+        models = [gather_statistics(net, m, gather, 100, n_steps, portion, adapt, look) for m in models]
+    forward, predicts, own = task_batched(net), {norm: predicts[norm] if predicts else predict_targets(net, norm) for norm in norms}, own_share(n_tasks, world)
     grades = torch.zeros(len(norms), 2, n_tasks, n_steps+1, dtype=torch.float64, device=sampler.device)
     for first in progress_bar(range(own.start, own.stop, portion), desc='testing', leave=False):
         e = sampler(first, min(portion, own.stop-first))

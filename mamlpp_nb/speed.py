@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['operations', 'Calculus', 'autograd_calculus', 'adjoint_gradient', 'conv4_calculus', 'fast_gradient',
-           'fast_inner_loop', 'worth_compiling', 'stack_seeds', 'join_episodes', 'Learner', 'use_float32', 'fused_adam',
-           'OuterSteps']
+           'fast_inner_loop', 'worth_compiling', 'fast_predicts', 'fast_statistics', 'stack_seeds', 'join_episodes',
+           'Learner', 'use_float32', 'fused_adam', 'OuterSteps']
 
 # %% ../nbs/09_speed.ipynb #00000003
-import collections.abc as abc, contextlib, dataclasses, functools, logging, os, sys
+import collections.abc as abc, contextlib, dataclasses, functools, logging, os, sys, weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 import torch, torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import nn, Tensor
 from .tasks import Episodes, EpisodeSampler, cache_folder
 from .network import Conv4, Weights
 from .maml import Forward, MetaParameters, at_step, meta_gradient, note_gradient, row, task_losses
+from .per_step_norm import Predict, predict_targets, statistics_among, target_norms, with_statistics
 
 # %% ../nbs/09_speed.ipynb #00000006
 def operations(
@@ -216,29 +217,36 @@ def _features_back(g, like, k):
     if k == 1: return (g[:,:,None,None]/(like.shape[2]*like.shape[3])).expand_as(like)
     return g.unflatten(2, (like.shape[4], *like.shape[2:4])).permute(0,1,3,4,2)
 
-def _conv4_gradient(w, gamma, beta, head, bias, c, cov, y, k, stride):
-    "Loss, logits, derivatives by w, gamma, beta, head, bias; and what `_conv4_product` reads"
-    blocks, x = [], None
-    for i in range(4): # forwards
-        if i == 0: # c has mean 0, so batch norm's variance is w' cov w: no look at the large output
-            z, size, mean, var = None, c.shape[2:4], torch.zeros_like(gamma[0]), (w[0]*(cov @ w[0])).sum(1)
-            best, which = _win(_seen(c, w[0], k), _all(gamma[0].sign()))
-        else:
-            z = _convolve(x, w[i], stride)
-            size, mean = z.shape[2:4], z.mean((1,2,3))
-            var = (z - _all(mean)).square().mean((1,2,3))
-            best, which = _win(_places(z, k), _all(gamma[i].sign()))
+def _conv4_forward(w, gamma, beta, head, bias, c, cov, k, stride, given=None):
+    "Logits, what the head sees, what each block leaves for the way back, and each batch norm's mean and variance: those of the images, or the given ones"
+    blocks, norms, x = [], [], None
+    for i in range(4):
+        z = _convolve(x, w[i], stride) if i else None # of the first layer only the winners are ever there
+        size = z.shape[2:4] if i else c.shape[2:4]
+        if given is not None: mean, var = given[i]
+        elif i: mean = z.mean((1,2,3)); var = (z - _all(mean)).square().mean((1,2,3))
+        else: mean, var = torch.zeros_like(gamma[0]), (w[0]*(cov @ w[0])).sum(1) # c has mean 0: no look at the large output
+        best, which = _win(_places(z, k) if i else _seen(c, w[0], k), _all(gamma[i].sign()))
         r = (var + _eps).rsqrt()
         q = (best - _all(mean))*_all(r) # normalised winners: max-pooling commutes with what comes after
         a = _all(gamma[i])*q + _all(beta[i])
         slope = _slope + (1-_slope)*(a > 0).to(a.dtype)
-        blocks.append((x, z, size, mean, r, which, q, slope))
+        blocks.append((x, z, size, mean, r, which, q, slope)); norms.append((mean, var))
         x = a*slope
-    n, f = y.shape[1], _features(x, k)
-    logits = f @ head.transpose(1,2) + bias[:,None]
+    f = _features(x, k)
+    return f @ head.transpose(1,2) + bias[:,None], f, blocks, norms
+
+def _conv4_logits(*arguments):
+    logits, _, _, norms = _conv4_forward(*arguments)
+    return logits, norms
+
+def _conv4_gradient(w, gamma, beta, head, bias, c, cov, y, k, stride):
+    "Loss, logits, derivatives by w, gamma, beta, head, bias; and what `_conv4_product` reads"
+    logits, f, blocks, _ = _conv4_forward(w, gamma, beta, head, bias, c, cov, k, stride)
+    n = y.shape[1]
     p, truth = logits.softmax(2), (y[...,None] == torch.arange(logits.shape[2], device=y.device)).to(logits.dtype)
     loss, dl = -(logits.log_softmax(2)*truth).sum(2).mean(1), (p - truth)/n
-    dx = _features_back(dl @ head, x, k)
+    dx = _features_back(dl @ head, blocks[3][-1], k)
     dw, dgamma, dbeta, dys, dzs = ([None]*4 for _ in range(5))
     for i in (3,2,1,0): # backwards
         x, z, size, mean, r, which, q, slope = blocks[i]
@@ -306,34 +314,44 @@ def _is_plain(net:nn.Module)->bool: # the network the passes were written out fo
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     return type(net) is Conv4 and net.training and all(m.eps == _eps and not m.track_running_stats for m in norms) and not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules() if m is not net) and not net._forward_hooks
 
+_convs, _norms = [f'conv{i}.weight' for i in range(4)], [f'norm{i}' for i in range(4)]
+
+def _geometry(net:Conv4)->tuple[int,int]: return (1, 2) if net.strided else (2, 1) # pooling, stride
+
+def _portion(net:Conv4, compiled:bool)->int: return 10**6 if next(net.parameters()).is_cuda else 1 if compiled else 4 # a CPU's caches are small, and Python's overhead is large
+
+def _prepare(net:Conv4, x:Tensor)->tuple[Tensor,Tensor,Tensor]: # columns about their mean, their covariance, their mean
+    for hook in net._forward_pre_hooks.values(): x = hook(net, (x.flatten(0,1),))[0].unflatten(0, x.shape[:2])
+    c = _columns(x.permute(0,1,3,4,2), _geometry(net)[1])
+    mean = (c.sum(3).double().mean((1,2))/c.shape[3]).to(c.dtype)
+    c.sub_(_all(mean))
+    rows = c.flatten(0,2) # short sums in c's precision, the sum of them in float64
+    return c, (rows.transpose(1,2) @ rows).double().unflatten(0, (len(c), -1)).sum(1).div(c[0,...,0].numel()).to(c.dtype), mean
+
+def _inside(w:Weights)->list[Tensor]: # kernels in the layout the passes like: (tasks, taps, out), then channels last
+    return [w[_convs[0]].flatten(2).transpose(1,2).contiguous(), *(_channels_last(w[k]) for k in _convs[1:])]
+
+def _arguments(w:Weights)->tuple: # of the passes, as far as they are weights
+    return _inside(w), *([w[f'{n}.{p}'] for n in _norms] for p in ('weight','bias')), w['head.weight'], w['head.bias']
+
 def conv4_calculus(
     net:Conv4, # its architecture counts, not its weights
     compiled:bool=False, # fuse the passes with `torch.compile`?
 )->Calculus: # for pooled and strided networks of any size
     "The calculus of `Conv4`, written out"
     if not _is_plain(net): raise ValueError('the passes are written out for an unchanged Conv4 in training mode')
-    k, stride = (1, 2) if net.strided else (2, 1)
+    geometry = _geometry(net)
     first, second = (_Fused(_conv4_gradient), _Fused(_conv4_product)) if compiled else (_conv4_gradient, _conv4_product)
-    convs, norms = [f'conv{i}.weight' for i in range(4)], [f'norm{i}' for i in range(4)]
-    def prepare(x):
-        for hook in net._forward_pre_hooks.values(): x = hook(net, (x.flatten(0,1),))[0].unflatten(0, x.shape[:2])
-        c = _columns(x.permute(0,1,3,4,2), stride)
-        c.sub_(_all((c.sum(3).double().mean((1,2))/c.shape[3]).to(c.dtype)))
-        rows = c.flatten(0,2) # short sums in c's precision, the sum of them in float64
-        return c, (rows.transpose(1,2) @ rows).double().unflatten(0, (len(c), -1)).sum(1).div(c[0,...,0].numel()).to(c.dtype)
-    def inside(w): # kernels in the layout the passes like: (tasks, taps, out), then channels last
-        return [w[convs[0]].flatten(2).transpose(1,2).contiguous(), *(_channels_last(w[k]) for k in convs[1:])]
     def outside(like, dw, dgamma, dbeta, dhead, dbias):
-        return {convs[0]: dw[0].transpose(1,2).reshape(like[convs[0]].shape), **dict(zip(convs[1:], dw[1:])), 'head.weight': dhead, 'head.bias': dbias,
-                **{f'{n}.weight': g for n,g in zip(norms, dgamma)}, **{f'{n}.bias': b for n,b in zip(norms, dbeta)}}
+        return {_convs[0]: dw[0].transpose(1,2).reshape(like[_convs[0]].shape), **dict(zip(_convs[1:], dw[1:])), 'head.weight': dhead, 'head.bias': dbias,
+                **{f'{n}.weight': g for n,g in zip(_norms, dgamma)}, **{f'{n}.bias': b for n,b in zip(_norms, dbeta)}}
     def gradient(weights, x, y):
-        gamma, beta = ([weights[f'{n}.{p}'] for n in norms] for p in ('weight','bias'))
-        loss, logits, *found, kept = first(inside(weights), gamma, beta, weights['head.weight'], weights['head.bias'], *x, y, k, stride)
+        loss, logits, *found, kept = first(*_arguments(weights), *x[:2], y, *geometry)
         return loss, logits, outside(weights, *found), (x, kept)
     def product(weights, kept, v):
         x, kept = kept
-        return outside(weights, *second(inside(weights), [weights[f'{n}.weight'] for n in norms], weights['head.weight'], *x, kept, inside(v), v['head.weight'], v['head.bias'], k, stride))
-    return Calculus(prepare, gradient, product, 10**6 if next(net.parameters()).is_cuda else 1 if compiled else 4) # a CPU's caches are small, and Python's overhead is large
+        return outside(weights, *second(_inside(weights), [weights[f'{n}.weight'] for n in _norms], weights['head.weight'], *x[:2], kept, _inside(v), v['head.weight'], v['head.bias'], *geometry))
+    return Calculus(functools.partial(_prepare, net), gradient, product, _portion(net, compiled))
 
 # %% ../nbs/09_speed.ipynb #0000002c
 def _best_calculus(net, compiled): # as a function of `forward`
@@ -376,6 +394,59 @@ def worth_compiling(
 )->bool: # the same answer whenever it is asked
     "Is a run long enough to pay for a compiler?"
     return n_operations > 5e12 # more than a minute of uncompiled work on two cores
+
+# %% ../nbs/09_speed.ipynb #e1dd4256
+class _Ready: # the last images, as the passes want them, for as long as the images are there
+    def __init__(self, net, portion): self.net, self.portion, self._forget = net, portion, lambda _=None: setattr(self, 'seen', lambda: None); self._forget()
+    def __call__(self, x):
+        if self.seen() is not x: self.kept, self.seen = [_prepare(self.net, part) for part in x.split(self.portion)], weakref.ref(x, lambda _: setattr(self, 'kept', None))
+        return self.kept
+
+def _running(i): return f'{_norms[i]}.running_mean', f'{_norms[i]}.running_var'
+
+def _conv4_predict(net, compiled): # (weights, images ready for the passes, statistics or None for their own) -> logits, statistics under PyTorch's names
+    geometry, portion = _geometry(net), _portion(net, compiled)
+    passes = _Fused(_conv4_logits) if compiled else _conv4_logits
+    def some(weights, x, given):
+        c, cov, centre = x
+        w, *rest = _arguments(weights)
+        moved = [weights[f'conv{i}.bias'] + ((centre[:,None] @ w[0])[:,0] if i == 0 else 0) for i in range(4)] # the passes leave out what batch norm takes away
+        logits, found = passes(w, *rest, c, cov, *geometry, given and [(given[m] - s, given[v]) for s,(m,v) in zip(moved, map(_running, range(4)))])
+        sizes = [c.shape[2:4]]
+        for _ in range(3): sizes.append([n//2 if geometry[0] == 2 else (n-1)//2 + 1 for n in sizes[-1]])
+        counts = [c.shape[1]*h*w for h,w in sizes]
+        return logits, {name: value for i,((mean,var),s,n) in enumerate(zip(found, moved, counts)) for name,value in zip(_running(i), (mean + s, var*(n/(n-1))))}
+    def predict(weights, ready, given=None):
+        cuts = [slice(first, first+portion) for first in range(0, portion*len(ready), portion)]
+        parts = [some({k: w[cut] for k,w in weights.items()}, x, given and {k: s[cut] for k,s in given.items()}) for cut,x in zip(cuts, ready)]
+        return torch.cat([logits for logits,_ in parts]), {k: torch.cat([seen[k] for _,seen in parts]) for k in parts[0][1]}
+    return predict
+
+def fast_predicts(
+    net:nn.Module, # any network; `Conv4` takes the fast road
+    compiled:bool=False, # fuse the pass with `torch.compile`?
+)->dict[str,Predict]: # by the names in `target_norms`, for `evaluate` and `test_models`; without a graph
+    "All ways to predict targets, fast"
+    if not _is_plain(net): return {norm: predict_targets(net, norm) for norm in target_norms}
+    predict, targets, supports = _conv4_predict(net, compiled), *(_Ready(net, _portion(net, compiled)) for _ in range(2))
+    @torch.no_grad()
+    def by_targets(weights, e): return predict(weights, targets(e.target_x))[0]
+    @torch.no_grad()
+    def by_running(weights, e): return predict(weights, targets(e.target_x), statistics_among(net, weights))[0]
+    @torch.no_grad()
+    def by_support(weights, e): return predict(weights, targets(e.target_x), predict(weights, supports(e.support_x))[1])[0]
+    return {'targets': by_targets, 'running': by_running, 'support': by_support}
+
+def fast_statistics(
+    net:nn.Module, # any network with batch norm; `Conv4` takes the fast road
+    compiled:bool=False, # fuse the pass with `torch.compile`?
+)->abc.Callable[[Weights,Tensor],tuple[Tensor,Weights]]: # for `gather_statistics`, in place of `with_statistics`; without a graph
+    "The network with its statistics, fast"
+    if not _is_plain(net): return with_statistics(net)
+    predict, ready = _conv4_predict(net, compiled), _Ready(net, _portion(net, compiled))
+    @torch.no_grad()
+    def look(weights, x): return predict(weights, ready(x))
+    return look
 
 # %% ../nbs/09_speed.ipynb #3c0737a5
 def stack_seeds(

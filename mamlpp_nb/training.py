@@ -19,9 +19,10 @@ from torch import nn, Tensor
 from .tasks import ClassImages, EpisodeSampler, load_data, progress_bar, write_safely
 from .network import Conv4, Weights, task_batched
 from .maml import Diverged, Forward, MetaParameters, evaluate
+from .per_step_norm import Predict
 from .step_sizes import plot_step_sizes
 from .mamlpp import Schedule, find_method, loss_parts, method_parameters, outer_rate
-from .speed import Learner, OuterSteps, fast_gradient, fast_inner_loop, fused_adam, operations, worth_compiling
+from .speed import Learner, OuterSteps, fast_gradient, fast_inner_loop, fast_predicts, fast_statistics, fused_adam, operations, worth_compiling
 from .bench import peak_memory
 from .evaluation import summarise, test_models
 from .processes import World, any_process, own_share, shared_gradient, sum_over
@@ -113,6 +114,8 @@ class Setup:
     forward:Forward           # the same as a function
     gradient:abc.Callable     # the meta-gradient, fast (chapter 9)
     adapt:abc.Callable        # the inner loop of validation and test, fast
+    predicts:dict[str,Predict] # for each way to normalise targets, what predicts them, fast
+    look:abc.Callable         # what gathers statistics, fast
     compiled:bool             # do they compile at their first call?
     meta:MetaParameters       # as they are before the first outer step
     deal:EpisodeSampler       # meta-training episodes
@@ -134,7 +137,7 @@ def set_up(
     meta = method_parameters(find_method(config.method), net, deal(0).support_x[0], config.n_steps, config.inner_lr)
     step = operations(net, deal.data.images.shape[-1], config.n_way*config.k_shot, config.n_way*config.n_target, config.n_tasks, config.n_steps)
     compiled = worth_compiling(step*config.epochs*config.iterations) # the same answer when the run goes on
-    return Setup(net, task_batched(net), fast_gradient(net, compiled), fast_inner_loop(net, compiled), compiled, meta, deal, validation, test)
+    return Setup(net, task_batched(net), fast_gradient(net, compiled), fast_inner_loop(net, compiled), fast_predicts(net, compiled), fast_statistics(net, compiled), compiled, meta, deal, validation, test)
 
 # %% ../nbs/08_training.ipynb #00000012
 @dataclasses.dataclass
@@ -312,7 +315,7 @@ def portion_of(device:str)->int: # tasks that validation and test take at a time
 def _validate(setup:Setup, model:MetaParameters, config:Config, world:World)->dict: # accuracy and ci95 of each step
     own = own_share(config.validation_tasks, world)
     grades = torch.zeros(config.validation_tasks, config.n_steps+1, dtype=torch.float64, device=world.device)
-    if own: grades[own.start:own.stop] = evaluate(setup.forward, model, lambda first,n: setup.validation(own.start+first, n), len(own), config.n_steps, portion_of(world.device), adapt=setup.adapt).per_task.to(world.device)
+    if own: grades[own.start:own.stop] = evaluate(setup.forward, model, lambda first,n: setup.validation(own.start+first, n), len(own), config.n_steps, portion_of(world.device), setup.predicts['targets'], setup.adapt).per_task.to(world.device)
     grades = sum_over(world, [grades])[0].cpu()
     return {'accuracy': grades.mean(0).tolist(), 'ci95': (1.96*grades.std(0)/len(grades)**.5).tolist()}
 
@@ -568,7 +571,7 @@ def test_run(
     setup = set_up(config, splits or load_data(config.data), world.device)
     (models, names), n_tasks, n_steps = load_models(folder, config, setup, say), n_tasks or config.test_tasks, n_steps or config.n_steps
     begin = time.monotonic()
-    results = test_models(setup.net, models, setup.test if split == 'test' else setup.validation, n_tasks, n_steps, norms, n_permutations, setup.deal, portion_of(world.device), world, setup.adapt)
+    results = test_models(setup.net, models, setup.test if split == 'test' else setup.validation, n_tasks, n_steps, norms, n_permutations, setup.deal, portion_of(world.device), world, setup.adapt, setup.predicts, setup.look)
     seconds = time.monotonic()-begin
     return {'norms': summarise(results), 'models': names, 'split': split, 'n_tasks': n_tasks, 'n_steps': n_steps, 'n_permutations': n_permutations,
             'seconds': seconds, 'tasks_per_second': n_tasks/seconds, 'config': dataclasses.asdict(config), **provenance(world.device)}

@@ -122,13 +122,13 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('name, row', [('omniglot', '5w1s-maml'), ('stability', '20w1s-maml-strided'), ('extensions', '20w1s-mamlpp-average'), ('mini-imagenet', '5w1s-maml-unclamped'),
-                                       ('omniglot-small', '5w1s-meta-sgd'), ('mini-imagenet-small', '5w1s-mamlpp')])
+                                       ('omniglot-small', '5w1s-meta-sgd'), ('extensions-small', '5w1s-anil'), ('mini-imagenet-small', '5w1s-mamlpp')])
 def test_a_row_of_each_table_begins_on_this_machine(name, row, tmp_path, capsys):
     "One seed, two outer steps at full width, on glyphs; `mamlpp reproduce TABLE --trial` does it for all rows on the real data."
     assert main(['reproduce', name, '--only', row, '--seeds', '0', '--trial', '--data', 'glyphs', '--device', 'cpu', '--out', str(tmp_path), '--json']) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said['status'] == 'complete' and set(said['rows']) == {row}
-    assert set(tables) == {'omniglot', 'stability', 'extensions', 'mini-imagenet', 'omniglot-small', 'mini-imagenet-small'} # a new table wants a row here
+    assert set(tables) == {'omniglot', 'stability', 'extensions', 'mini-imagenet', 'omniglot-small', 'extensions-small', 'mini-imagenet-small'} # a new table wants a row here
 
 
 @pytest.mark.parametrize('page', ['11_omniglot.ipynb', 'index.ipynb'])

@@ -10,12 +10,13 @@ from torch import nn
 
 import tape
 from mamlpp_nb import speed
-from mamlpp_nb.maml import gradient_error, inner_loop, maml_parameters, meta_gradient, outer_loop
+from mamlpp_nb.maml import at_step, gradient_error, inner_loop, maml_parameters, meta_gradient, outer_loop
 from mamlpp_nb.mamlpp import Schedule, find_method, loss_parts, method_parameters
 from mamlpp_nb.multi_step import naive_graded_loss
 from mamlpp_nb.network import Conv4, task_batched
+from mamlpp_nb.per_step_norm import predict_targets, with_statistics
 from mamlpp_nb.speed import (Learner, OuterSteps, adjoint_gradient, autograd_calculus, conv4_calculus, fast_gradient, fast_inner_loop,
-                             fused_adam, join_episodes, operations, stack_seeds)
+                             fast_predicts, fast_statistics, fused_adam, join_episodes, operations, stack_seeds)
 from mamlpp_nb.tasks import Episodes, EpisodeSampler
 
 
@@ -265,6 +266,47 @@ def test_the_inner_loop_without_a_graph(drawn):
         for a, b in zip(fast, plain):
             for k in b: assert a[k].allclose(b[k], rtol=1e-7, atol=1e-9)
     with pytest.raises(ValueError, match='second'): next(fast_inner_loop(net)(None, meta, e.support_x, e.support_y, second_order=True))
+
+
+@pytest.mark.parametrize('strided', [False, True])
+@pytest.mark.parametrize('compiled', [False, True])
+def test_fast_predictions_say_what_the_plain_ones_say(strided, compiled): # colours, an odd size where it matters, more tasks than a portion, shifted pixels
+    g, size = torch.Generator().manual_seed(0), 21 if strided else 19
+    images = lambda n: torch.rand(5, n, 3, size, size, generator=g, dtype=torch.float64)
+    e = Episodes(images(6), torch.arange(3).repeat(5, 2), 1.3 * images(9), torch.arange(3).repeat(5, 3), torch.zeros(5, 3), None, None)
+    net = Conv4(3, 3, size, 4, strided).double()
+    net.register_forward_pre_hook(lambda net, inputs: ((inputs[0] - .4) / .3,))
+    meta = scattered(net, 'mamlpp', e)
+    for t in (t for k, t in meta.start.items() if k.endswith('bias')): t.data += torch.rand(t.shape, generator=g, dtype=t.dtype)
+    fast, look = fast_predicts(net, compiled), fast_statistics(net, compiled)
+    for i, weights in enumerate(inner_loop(task_batched(net), meta, e.support_x, e.support_y, 2, second_order=False)):
+        weights = {k: w.detach() for k, w in at_step(meta, weights, i).items()}
+        (logits, seen), (plain, exact) = look(weights, e.target_x), with_statistics(net)(weights, e.target_x)
+        assert logits.allclose(plain, rtol=1e-9, atol=1e-9) and set(seen) == set(exact)
+        for k in exact: assert seen[k].allclose(exact[k], rtol=1e-9, atol=1e-11)
+        with pytest.raises(ValueError, match='gather_statistics'): fast['running'](weights, e)
+        weights |= {k: 1.1 * s + .1 for k, s in exact.items()}
+        said = {norm: predict(weights, e) for norm, predict in fast.items()}
+        for norm, one in said.items(): assert one.allclose(predict_targets(net, norm)(weights, e), rtol=1e-9, atol=1e-9)
+        assert not said['targets'].allclose(said['support'], rtol=1e-3) and not said['targets'].allclose(said['running'], rtol=1e-3)
+
+
+def test_images_made_ready_are_those_that_are_asked_about():
+    net, g = Conv4(3, filters=4).double(), torch.Generator().manual_seed(0)
+    weights = {k: w.detach().expand(2, *w.shape) for k, w in net.named_parameters()}
+    look = fast_statistics(net)
+    for _ in range(3): # the second may lie where the first was
+        x = torch.rand(2, 4, 1, 28, 28, generator=g, dtype=torch.float64)
+        for _ in range(2): assert look(weights, x)[0].allclose(task_batched(net)(weights, x), rtol=1e-9, atol=1e-9)
+        del x
+
+
+def test_predictions_of_other_networks_take_the_plain_road():
+    net = Wide(3, filters=4)
+    weights = {k: w.detach().expand(2, *w.shape) for k, w in net.named_parameters()}
+    x = torch.rand(2, 6, 1, 28, 28)
+    e = Episodes(x, torch.arange(6).repeat(2, 1) % 3, x, torch.arange(6).repeat(2, 1) % 3, torch.zeros(2, 3), None, None)
+    for norm in ('targets', 'support'): assert fast_predicts(net)[norm](weights, e).equal(predict_targets(net, norm)(weights, e))
 
 
 def test_weights_of_target_losses_are_as_exact_as_the_network(drawn):
