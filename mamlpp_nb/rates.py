@@ -8,7 +8,7 @@ __all__ = ['RateChart', 'rate_chart', 'draw_rates', 'rates_slider', 'rates_playe
 # %% ../nbs/13_learned_rates.ipynb #00000003
 import collections.abc as abc
 from typing import NamedTuple
-import ipywidgets, matplotlib.pyplot as plt, numpy as np, torch
+import matplotlib.pyplot as plt, numpy as np, torch
 from matplotlib.animation import FuncAnimation
 from torch import Tensor
 from .maml import MetaParameters
@@ -51,27 +51,29 @@ def draw_rates(
     low, high = chart.values.min(), chart.values.max() # of all epochs, so that a slider doesn't move the axis
     ax.set_ylim(low - .05*(high-low), high + .05*(high-low))
     ax.set_title(chart.title, y=1.08, fontsize=9)
-    ax.legend(frameon=False, fontsize=7, loc='upper left')
+    ax.legend(frameon=False, fontsize=7, loc='center left', bbox_to_anchor=(1,.5))
     return ax
 
 def rates_slider(
     chart:RateChart, # from `rate_chart`
-)->ipywidgets.Widget:
+)->'ipywidgets.Widget':
     "The chart with a slider over epochs that starts at each seed's best"
+    import ipywidgets # only notebooks have it
     slider = ipywidgets.SelectionSlider(options=[('best', -1), *((str(e+1), e) for e in range(chart.values.shape[1]))], value=-1, description='epoch', continuous_update=False)
     def show(epoch): draw_rates(chart, None if epoch < 0 else epoch); plt.show()
     return ipywidgets.interactive(show, epoch=slider)
 
 def rates_player(
     chart:RateChart, # from `rate_chart`
-    most:int=12, # frames; of longer runs not every epoch is shown
-    dpi:int=60, # resolution of a frame
+    most:int=9, # frames; of longer runs not every epoch is shown
+    dpi:int=72, # resolution of a frame
 )->str: # HTML with its own JavaScript, which needs no kernel
     "The chart as a player: first each seed's best epoch, then the epochs in order"
     epochs = np.unique(np.linspace(0, chart.values.shape[1]-1, min(most-1, chart.values.shape[1])).round().astype(int))
     fig, ax = plt.subplots(figsize=(8.6,3), dpi=dpi, layout='constrained')
     def frame(epoch): ax.clear(); draw_rates(chart, None if epoch < 0 else int(epoch), ax)
-    html = FuncAnimation(fig, frame, frames=[-1, *epochs], init_func=lambda: None).to_jshtml(fps=2, embed_frames=True, default_mode='once')
+    with plt.rc_context({'animation.frame_format': 'jpeg'}): # half the size of PNG
+        html = FuncAnimation(fig, frame, frames=[-1, *epochs], init_func=lambda: None).to_jshtml(fps=2, embed_frames=True, default_mode='once')
     plt.close(fig)
     return html
 
