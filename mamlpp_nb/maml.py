@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Forward', 'full_mode', 'naive_task_loss', 'draw_inner_loop', 'MetaParameters', 'maml_parameters', 'row', 'at_step',
-           'task_losses', 'inner_loop', 'meta_loss', 'naive_meta_loss', 'gradient_error', 'keep_freed_memory',
-           'Progress', 'Diverged', 'meta_gradient', 'note_gradient', 'outer_loop', 'save_meta', 'load_meta', 'train',
-           'Evaluation', 'evaluate']
+           'check_labels', 'task_losses', 'inner_loop', 'meta_loss', 'naive_meta_loss', 'gradient_error',
+           'keep_freed_memory', 'Progress', 'Diverged', 'meta_gradient', 'note_gradient', 'outer_loop', 'save_meta',
+           'load_meta', 'train', 'Evaluation', 'evaluate']
 
 # %% ../nbs/02_maml.ipynb #00000003
 import ctypes, dataclasses, itertools, json, math, os, time
@@ -123,14 +123,20 @@ def at_step(
     return {**fast, **{k: r.expand(n_tasks, *r.shape) for k,r in row(meta.per_step, i).items()}}
 
 # %% ../nbs/02_maml.ipynb #00000019
+def check_labels(
+    y:Tensor, # (tasks, images), int64
+    way:int, # outputs of the network
+)->None:
+    "Refuse labels that no output stands for; on a GPU the look would stall it"
+    if y.device.type == 'cpu' and not 0 <= int(y.min()) <= int(y.max()) < way:
+        raise ValueError(f'labels must lie in [0, {way}), the outputs of the network; got {int(y.min())} to {int(y.max())}')
+
 def task_losses(
     logits:Tensor, # (tasks, images, way)
     y:Tensor, # (tasks, images), int64 labels in [0, way)
 )->Tensor: # (tasks,), nats
     "Cross-entropy of each task, mean over its images"
-    way = logits.shape[-1]
-    if y.device.type == 'cpu' and not 0 <= int(y.min()) <= int(y.max()) < way: # on a GPU the look would stall it
-        raise ValueError(f'labels must lie in [0, {way}), the outputs of the network; got {int(y.min())} to {int(y.max())}')
+    check_labels(y, logits.shape[-1])
     return F.cross_entropy(logits.flatten(0,1), y.flatten(), reduction='none').view(y.shape).mean(1)
 
 # %% ../nbs/02_maml.ipynb #0000001a

@@ -15,7 +15,7 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .tasks import Episodes, EpisodeSampler, cache_folder
 from .network import Conv4, Weights
-from .maml import Forward, MetaParameters, at_step, meta_gradient, note_gradient, row, task_losses
+from .maml import Forward, MetaParameters, at_step, check_labels, meta_gradient, note_gradient, row, task_losses
 from .per_step_norm import Predict, predict_targets, statistics_among, target_norms, with_statistics
 
 # %% ../nbs/09_speed.ipynb #00000006
@@ -376,6 +376,7 @@ def fast_inner_loop(
     calculus = _best_calculus(net, compiled)
     def adapt(forward, meta, x, y, n_steps=5, second_order=False):
         if second_order or n_steps < 1: raise ValueError(f'this inner loop keeps no graph for second derivatives, and takes at least 1 step; got second_order={second_order}, n_steps={n_steps}')
+        if _is_plain(net): check_labels(y, meta.start['head.bias'].shape[-1])
         own, meta = calculus(forward), _detached(meta)
         cuts = [slice(first, first+own.portion) for first in range(0, len(x), own.portion)]
         with torch.no_grad(): tasks = [(own.prepare(x[cut]), y[cut], {k: w.expand(len(x[cut]), *w.shape) for k,w in meta.start.items()}) for cut in cuts]

@@ -318,3 +318,9 @@ def test_weights_of_target_losses_are_as_exact_as_the_network(drawn):
     expected = exact(None, meta, deal(0, 2), n_steps=2, loss_weights=[.3, .7])[0].item()
     steps = OuterSteps(task_batched(net), [Learner(meta, deal, fused_adam(meta), {})], 2, exact)
     assert abs(steps.run(0, 1, n_steps=2, loss_weights=[.3, .7])[0, 0, 0].item() - expected) < 1e-14
+
+
+def test_the_inner_loop_refuses_labels_without_an_output(drawn):
+    e = EpisodeSampler(drawn['train'], 5)(0, 2)
+    for net in (Conv4(5, 1, 28, 4), nn.Sequential(nn.Flatten(), nn.Linear(784, 5))): # by either road
+        with pytest.raises(ValueError, match=r'\[0, 5\)'): next(fast_inner_loop(net)(task_batched(net), maml_parameters(net), e.support_x, e.support_y + 1))
