@@ -283,9 +283,10 @@ def save_meta(
     path:str|Path, # file to write, `.safetensors`
     meta:MetaParameters, # what to keep
     about:dict, # settings and anything else worth knowing, plain JSON values
+    more:Weights|None=None, # other tensors to put beside them, under names that begin with a group of their own, as in 'adam/...'
 )->None:
     "Keep meta-parameters in a file"
-    tensors = {k: t.detach().cpu().contiguous() for k,t in meta.named().items()}
+    tensors = {k: t.detach().cpu().contiguous() for k,t in {**meta.named(), **(more or {})}.items()}
     notes = {'about': json.dumps(about), 'learned': json.dumps(list(meta.learned()))}
     write_safely(Path(path), lambda draft: save_file(tensors, draft, notes))
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['split_sizes', 'data_sets', 'ClassImages', 'from_labels', 'random_bits', 'stream', 'glyphs', 'tile', 'cache_folder',
-           'data_root', 'progress_bar', 'list_images', 'read_images', 'write_safely', 'cached', 'find_omniglot',
-           'omniglot', 'mini_imagenet', 'find_duplicates', 'without_duplicates', 'load_data', 'characters', 'Episodes',
-           'EpisodeSampler', 'plot_episode']
+           'data_root', 'progress_bar', 'list_images', 'plain_image', 'image_pixels', 'read_images', 'write_safely',
+           'cached', 'find_omniglot', 'omniglot', 'mini_imagenet', 'find_duplicates', 'without_duplicates', 'load_data',
+           'characters', 'Episodes', 'EpisodeSampler', 'plot_episode']
 
 # %% ../nbs/00_tasks.ipynb #00000003
 import csv, dataclasses, hashlib, io, itertools, json, math, os, warnings, zipfile
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F, matplotlib.pyplot as plt
 from fastcore.basics import patch
 from fastcore.xdg import xdg_cache_home
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -232,16 +232,34 @@ def list_images(
     return sorted((('/'.join(rel.split('/')[-1-levels:-1]), path, read) for rel,path,read in found), key=lambda f: f[:2])
 
 # %% ../nbs/00_tasks.ipynb #00000026
+def plain_image(
+    image:Image.Image, # of any mode Pillow knows
+    mode:str='L', # wanted: '1' black and white, 'L' grey, 'RGB' colour
+)->Image.Image: # upright as its EXIF data say, transparency on white, 16 bits scaled to 8; of an animation the first frame
+    "A picture as people see it"
+    if image.width*image.height > _most_pixels: raise ValueError(f'{image.width}x{image.height} pixels, more than the {_most_pixels/1e6:.0f} million an image may have')
+    image = ImageOps.exif_transpose(image)
+    if image.mode == 'F': raise ValueError('pixels are floating-point numbers, and nothing says how bright 1 is')
+    if image.mode.startswith('I'): image = Image.fromarray((np.asarray(image).clip(0, 65535)/257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        ground = Image.new('RGBA', image.size, 'white')
+        ground.alpha_composite(image.convert('RGBA'))
+        image = ground
+    return image.convert(mode, dither=Image.Dither.NONE)
+
+def image_pixels(
+    image:Image.Image, # from `plain_image`
+    size:int|None=None, # height and width to squash it to, in pixels; None: as it is
+)->np.ndarray: # (channels, height, width) uint8
+    "Its pixels; black and white is resized by the nearest pixel, everything else smoothly"
+    if size: image = image.resize((size, size), Image.Resampling.NEAREST if image.mode == '1' else Image.Resampling.LANCZOS)
+    pixels = np.asarray(image, dtype=np.uint8) * (255 if image.mode == '1' else 1)
+    return np.atleast_3d(pixels).transpose(2,0,1)
+
 def _decode(path:str, read:abc.Callable, size:int|None, mode:str)->np.ndarray: # (channels, height, width) uint8
-    try:
-        image = Image.open(io.BytesIO(read())) # reads the header only
-        if image.width*image.height > _most_pixels: raise ValueError(f'{image.width}x{image.height} pixels, more than the {_most_pixels/1e6:.0f} million an image may have')
-        image = image.convert(mode, dither=Image.Dither.NONE)
-        if size: image = image.resize((size, size), Image.Resampling.NEAREST if mode == '1' else Image.Resampling.LANCZOS)
+    try: return image_pixels(plain_image(Image.open(io.BytesIO(read())), mode), size)
     except Exception as e: # Pillow, zlib and zipfile each have their own
         raise ValueError(f'cannot read the image {path} ({type(e).__name__}: {e}). Replace or remove the file.') from e
-    pixels = np.asarray(image, dtype=np.uint8) * (255 if mode == '1' else 1)
-    return np.atleast_3d(pixels).transpose(2,0,1)
 
 # %% ../nbs/00_tasks.ipynb #00000027
 def read_images(
