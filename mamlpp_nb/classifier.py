@@ -7,18 +7,18 @@ __all__ = ['models_folder', 'image_batch', 'head_for', 'Pretrained', 'read_pretr
            'FewShotClassifier', 'adapt_folder', 'pack_model', 'model_card']
 
 # %% ../nbs/10_your_images.ipynb #0540c1bf
-import collections.abc as abc, copy, csv, functools, inspect, json as jsons, sys
+import collections, collections.abc as abc, copy, csv, functools, inspect, json as jsons, sys
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np, torch
 from fastcore.basics import patch
 from fastcore.script import Param
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors import safe_open
 from torch import nn, Tensor
 from torchvision.transforms import Normalize
 import mamlpp_nb
-from .tasks import image_pixels, list_images, plain_image, write_safely
+from .tasks import image_pixels, image_size, list_images, plain_image, write_safely
 from .network import Conv4, Weights, task_batched
 from .maml import MetaParameters, at_step, load_meta, save_meta
 from .per_step_norm import gather_statistics, statistics_among, target_norms
@@ -41,6 +41,7 @@ def _picture(image)->Image.Image: # a path, a Pillow image, an array or a tensor
     if isinstance(image, Image.Image): return image
     if isinstance(image, (str, Path)):
         try: return Image.open(image)
+        except UnidentifiedImageError: raise ValueError(f'cannot read the image {image} (no kind of image that Pillow knows)') from None
         except (OSError, ValueError, Image.DecompressionBombError) as e: raise ValueError(f'cannot read the image {image} ({e})') from e
     return _from_array(np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image))
 
@@ -54,8 +55,7 @@ def image_batch(
     if isinstance(images, (np.ndarray, Tensor)) and images.ndim not in (3,4): raise ValueError(f'an array of images must be (n, height, width), with 1, 3 or 4 channels before or behind; got the shape {tuple(images.shape)}')
     def one(image):
         picture = _picture(image)
-        mode = '1' if channels == 1 and picture.mode == '1' else {1: 'L', 3: 'RGB'}[channels]
-        try: return image_pixels(plain_image(picture, mode), size)
+        try: return image_pixels(plain_image(picture, {1: 'L', 3: 'RGB'}[channels]), size)
         except (OSError, ValueError) as e: raise ValueError(f"cannot read the image{f' {image}' if isinstance(image, (str, Path)) else ''} ({e})") from e
     pixels = [one(image) for image in images]
     if not pixels: raise ValueError('no images')
@@ -90,7 +90,7 @@ def _pretrained(path:Path, changed:float)->Pretrained:
     meta, about = load_meta(path)
     try:
         config, (_,channels,*_) = Config(**about['config']), meta.start['conv0.weight'].shape
-        size = {1: 28, 3: 84}[channels]
+        size = config.image_size or image_size(channels)
         net = build_network(config, channels, size)
     except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} is not a model that this package trained ({type(e).__name__}: {e})') from e
     with safe_open(path, 'pt') as f: # a checkpoint of a run with a running average: that is its model
@@ -284,9 +284,14 @@ def _classes_of(folder, say): # of a folder of class folders: labels and paths
     if not good: raise ValueError(f'no images in {folder}: expected one folder for each class, with images in it')
     return tuple(map(list, zip(*good)))
 
-def _left_out(classifier, labels, paths): # of images whose class has another: (path, class, probabilities) by a classifier that hasn't seen them
-    for i,(label,path) in enumerate(zip(labels, paths)):
-        if labels.count(label) > 1: yield path, label, classifier.fit(paths[:i]+paths[i+1:], labels[:i]+labels[i+1:]).predict_proba([path])[0]
+def _left_out(classifier, labels, paths, most=10): # of images whose class has another: (path, class, probabilities) by a classifier that hasn't seen them; at most so many fits
+    counts, seen, turn = collections.Counter(labels), collections.Counter(), []
+    rounds = min(most, max(counts.values()))
+    for label in labels: turn.append(seen[label] % rounds if counts[label] > 1 else None); seen[label] += 1
+    for r in range(rounds):
+        out, kept = ([i for i,t in enumerate(turn) if (t == r) is gone] for gone in (True, False))
+        classifier.fit([paths[i] for i in kept], [labels[i] for i in kept])
+        yield from ((paths[i], labels[i], p) for i,p in zip(out, classifier.predict_proba([paths[i] for i in out])))
 
 def _write_table(rows, classes, format, out):
     head = ['path', 'predicted', *classes]
@@ -321,7 +326,7 @@ def adapt_folder(
         proba = classifier.predict_proba(unknown)
         rows = [(path, classes[p.argmax()], p) for path,p in zip(unknown, proba)]
     else:
-        tested = list(_left_out(classifier, labels, paths)) if len(labels) > len(classes) else []
+        tested = sorted(_left_out(classifier, labels, paths), key=lambda t: t[0]) if len(labels) > len(classes) else []
         if not tested: raise ValueError('one image of each class leaves none to name; give a folder with --predict')
         rows = [(path, classes[p.argmax()], p) for path,_,p in tested]
         say(f'{sum(said == label for (_,said,_),(_,label,_) in zip(rows, tested))} of {len(rows)} images right, each named by a classifier that had not seen it')

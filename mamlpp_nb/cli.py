@@ -14,7 +14,7 @@ from fastcore.docments import docments
 from fastcore.script import Param, anno_parser
 from matplotlib.figure import Figure
 import mamlpp_nb
-from .tasks import write_safely
+from .tasks import data_sets, load_data, write_safely
 from .maml import Diverged, keep_freed_memory
 from .step_sizes import plot_step_sizes
 from .per_step_norm import target_norms
@@ -23,23 +23,34 @@ from .bench import bench
 from .processes import World, join_world
 from .training import Config, best_epochs, configure, exit_codes, plot_run, presets, read_run, replay, test_run, train_and_test
 from .reproduce import reproduce, seed_list
+from .classifier import adapt_folder
 
 # %% ../nbs/a2_command_line.ipynb #2631560b
+def _is_own(config:Config)->bool: return config.data not in data_sets
+
 def _folder(preset:str, config:Config)->Path: # settings beyond method and seed leave their mark in the name
-    usual = dataclasses.replace(presets[preset], method=config.method, seed=config.seed)
+    usual = dataclasses.replace(presets[preset], method=config.method, seed=config.seed, **({'data': config.data} if _is_own(config) else {}))
     mark = '' if config == usual else '-' + hashlib.sha256(jsons.dumps(dataclasses.asdict(config)).encode()).hexdigest()[:6]
-    return Path('runs')/f'{preset}-{config.method}-seed{config.seed}{mark}'
+    name = f'{Path(config.data).stem}-{config.n_way}w{config.k_shot}s' if _is_own(config) else preset
+    return Path('runs')/f'{name}-{config.method}-seed{config.seed}{mark}'
 
 def _convert(name:str, text:str): # a setting from the command line
     kind = Config.__dataclass_fields__[name].type
-    try: return {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
+    try: value = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError): raise ValueError(f"--{name} must be {'true or false' if kind is bool else f'a {kind.__name__}'}, got {text!r}") from None
+    return str(Path(value).resolve()) if name == 'data' and value not in data_sets and Path(value).exists() else value # a run can be asked for from another folder later
+
+def _preset_for(settings:dict)->str: # of own images, by their colours
+    if settings.get('data') in (None, *data_sets): raise ValueError(f"name a preset ({', '.join(presets)}), or give --data with a folder of your own images")
+    own = {'size': 'image_size', 'shares': 'shares', 'seed': 'split_seed'}
+    splits = load_data(settings['data'], **{k: settings[name] for k,name in own.items() if name in settings})
+    return f"{'grey' if splits['train'].images.shape[1] == 1 else 'colour'}-images-5w1s"
 
 def _line(text:str)->None: print(text, flush=True)
 
 # %% ../nbs/a2_command_line.ipynb #e279f2df
 def train_preset(
-    preset:str, # settings to begin with: omniglot-20w1s, -20w5s, -5w1s, -5w5s, mini-imagenet-5w1s, -5w5s as the published code has them; with -paper as the paper has them
+    preset:Param('settings to begin with: omniglot-20w1s, -20w5s, -5w1s, -5w5s, mini-imagenet-5w1s, -5w5s as the published code has them; with -paper as the paper has them; grey-images-5w1s, -5w5s, colour-images-5w1s, -5w5s for --data PATH, where it may be left out', str, opt=False, nargs='?')='',
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one
     out:str='', # folder of the run; empty: runs/ and a name made from the settings. A run that is there goes on
     seeds:Param('several seeds to train at once, as in 0 1 2; each gets a folder (with --out: seed0, seed1 ... in it)', str, nargs='+')='',
@@ -52,7 +63,9 @@ def train_preset(
     "Train by a preset, or go on training, then test"
     if not 0 <= minutes < math.inf: raise ValueError(f'minutes must be at least 0, got {minutes}')
     if seeds and 'seed' in (settings or {}): raise ValueError('give --seed or --seeds, not both')
-    config = configure(preset, **{k: _convert(k, v) for k,v in (settings or {}).items()})
+    settings = {k: _convert(k, v) for k,v in (settings or {}).items()}
+    preset = preset or _preset_for(settings)
+    config = configure(preset, **settings)
     configs = [dataclasses.replace(config, seed=s) for s in seed_list(seeds)] if seeds else [config]
     folders = [Path(out)/f'seed{c.seed}' if out and seeds else Path(out) if out else _folder(preset, c) for c in configs]
     world = join_world(pick_device(device))
@@ -164,7 +177,7 @@ def replay_step(
     for t in r['tasks']: print(f"  episode {t['episode']}: loss {t['loss']:.6f}, gradient norm {t['gradient_norm']:.4f}{'' if math.isfinite(t['gradient_norm'] + t['loss']) else '   <- not finite'}")
 
 # %% ../nbs/a2_command_line.ipynb #1e5442f7
-commands = {'quickstart': quickstart, 'train': train_preset, 'evaluate': evaluate_run, 'runs': runs, 'show': show, 'replay': replay_step, 'reproduce': reproduce, 'bench': bench}
+commands = {'quickstart': quickstart, 'train': train_preset, 'evaluate': evaluate_run, 'runs': runs, 'show': show, 'replay': replay_step, 'reproduce': reproduce, 'adapt': adapt_folder, 'bench': bench}
 
 def usage()->str: # what `mamlpp --help` prints
     "The commands, a line each"

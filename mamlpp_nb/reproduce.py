@@ -195,7 +195,7 @@ class _Job(NamedTuple): # seeds of a row that go on together
     def missing(self)->list[Config]: # those without a record
         found = {c: _read_record(self.record(c)) for c in self.configs if self.record(c).exists()}
         for c,record in found.items():
-            if record['config'] != dataclasses.asdict(c): raise ValueError(f'{self.record(c)} is of other settings than the table has now; move it away to run the row again')
+            if Config(**record['config']) != c: raise ValueError(f'{self.record(c)} is of other settings than the table has now; move it away to run the row again')
         return [c for c in self.configs if c not in found]
 
     def keep(self, config, splits, diverged=None)->None: # the record, and the best model's weights

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['split_sizes', 'data_sets', 'ClassImages', 'from_labels', 'random_bits', 'stream', 'glyphs', 'tile', 'cache_folder',
            'data_root', 'progress_bar', 'list_images', 'plain_image', 'image_pixels', 'read_images', 'write_safely',
-           'cached', 'find_omniglot', 'omniglot', 'mini_imagenet', 'find_duplicates', 'without_duplicates', 'load_data',
-           'characters', 'Episodes', 'EpisodeSampler', 'plot_episode']
+           'cached', 'find_omniglot', 'omniglot', 'mini_imagenet', 'find_duplicates', 'without_duplicates',
+           'image_size', 'image_folder', 'load_data', 'characters', 'Episodes', 'EpisodeSampler', 'plot_episode']
 
 # %% ../nbs/00_tasks.ipynb #00000003
+import collections, collections.abc as abc
 import csv, dataclasses, hashlib, io, itertools, json, math, os, warnings, zipfile
-import collections.abc as abc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F, matplotlib.pyplot as plt
 from fastcore.basics import patch
 from fastcore.xdg import xdg_cache_home
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,13 +30,14 @@ class ClassImages:
         counts:abc.Sequence[int], # images in each class, in order; the sum is `len(images)`
         names:abc.Sequence[str], # a name for each class, for messages and figures
         split:str='all', # 'train', 'val', 'test' or 'all'; part of what decides an episode
+        refused:abc.Sequence[str]=(), # what is wrong with files that were left out
     ):
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(f'images must be uint8 of shape (images, channels, height, width), got {images.dtype} {tuple(images.shape)}')
         count = torch.as_tensor(counts, dtype=torch.int64)
         if count.sum() != len(images) or len(count) != len(names):
             raise ValueError(f'{len(images)} images and {len(names)} names do not fit {len(count)} classes of {int(count.sum())} images in all')
-        self.images, self.names, self.split = images, tuple(names), split
+        self.images, self.names, self.split, self.refused = images, tuple(names), split, tuple(refused)
         self.count = count.to(images.device)          # images per class
         self.first = self.count.cumsum(0) - self.count # row of each class's first image
 
@@ -53,7 +54,7 @@ def select(self:ClassImages,
     "A subset of the classes, such as the meta-test classes"
     keep = torch.as_tensor(classes, dtype=torch.int64, device=self.images.device)
     part = object.__new__(ClassImages)
-    part.images, part.split = self.images, split
+    part.images, part.split, part.refused = self.images, split, self.refused
     part.first, part.count = self.first[keep], self.count[keep]
     part.names = tuple(self.names[i] for i in keep.tolist())
     return part
@@ -208,11 +209,10 @@ def progress_bar(
 # %% ../nbs/00_tasks.ipynb #00000025
 _most_bytes, _most_pixels = 2**26, 2**26 # of one image; what is larger is a mistake or an attack
 
-_suffixes = {'.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp'}
+_suffixes = {suffix for suffix,kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in ('EPS','MPEG')} # EPS is a program, MPEG a film
 
 def _is_image(path:str)->bool: # and not one of the shadows some systems leave behind
-    name = Path(path).name
-    return Path(name).suffix.lower() in _suffixes and not name.startswith('.') and '__MACOSX' not in path
+    return Path(path).suffix.lower() in _suffixes and not any(part == '__MACOSX' or part.startswith('.') and part.strip('.') for part in path.split('/'))
 
 def _read(size:int, read:abc.Callable[[],bytes])->bytes: # asked before it is unpacked: a few kilobytes of zip can hold gigabytes
     if size > _most_bytes: raise ValueError(f'{size/1e6:.0f} MB, more than the {_most_bytes/1e6:.0f} MB an image may have')
@@ -220,21 +220,21 @@ def _read(size:int, read:abc.Callable[[],bytes])->bytes: # asked before it is un
 
 def list_images(
     source:Path, # a folder, or a zip of one
-    levels:int=1, # how many folders above an image name its class
+    levels:int=1, # how many folders above an image name its class; 0: all of them
 )->list[tuple[str,str,abc.Callable[[],bytes]]]: # (class, path, function that reads the bytes), sorted by class and path
     "All images of a folder or zip with their classes"
     source = Path(source)
     if source.is_dir():
-        found = [(p.relative_to(source).as_posix(), str(p), lambda p=p: _read(p.stat().st_size, p.read_bytes)) for p in source.rglob('*') if _is_image(p.as_posix())]
+        found = [(p.relative_to(source).as_posix(), str(p), lambda p=p: _read(p.stat().st_size, p.read_bytes)) for p in source.rglob('*') if _is_image(p.relative_to(source).as_posix()) and p.is_file()]
     else:
         archive = zipfile.ZipFile(source)
         found = [(i.filename, f'{source}:{i.filename}', lambda i=i: _read(i.file_size, lambda: archive.read(i))) for i in archive.infolist() if _is_image(i.filename)]
-    return sorted((('/'.join(rel.split('/')[-1-levels:-1]), path, read) for rel,path,read in found), key=lambda f: f[:2])
+    return sorted((('/'.join(rel.split('/')[-1-levels if levels else 0:-1]), path, read) for rel,path,read in found), key=lambda f: f[:2])
 
 # %% ../nbs/00_tasks.ipynb #00000026
 def plain_image(
     image:Image.Image, # of any mode Pillow knows
-    mode:str='L', # wanted: '1' black and white, 'L' grey, 'RGB' colour
+    mode:str='L', # wanted: '1' black and white, 'L' grey (what is black and white stays so), 'RGB' colour
 )->Image.Image: # upright as its EXIF data say, transparency on white, 16 bits scaled to 8; of an animation the first frame
     "A picture as people see it"
     if image.width*image.height > _most_pixels: raise ValueError(f'{image.width}x{image.height} pixels, more than the {_most_pixels/1e6:.0f} million an image may have')
@@ -245,7 +245,7 @@ def plain_image(
         ground = Image.new('RGBA', image.size, 'white')
         ground.alpha_composite(image.convert('RGBA'))
         image = ground
-    return image.convert(mode, dither=Image.Dither.NONE)
+    return image if mode == 'L' and image.mode == '1' else image.convert(mode, dither=Image.Dither.NONE)
 
 def image_pixels(
     image:Image.Image, # from `plain_image`
@@ -256,31 +256,42 @@ def image_pixels(
     pixels = np.asarray(image, dtype=np.uint8) * (255 if image.mode == '1' else 1)
     return np.atleast_3d(pixels).transpose(2,0,1)
 
-def _decode(path:str, read:abc.Callable, size:int|None, mode:str)->np.ndarray: # (channels, height, width) uint8
-    try: return image_pixels(plain_image(Image.open(io.BytesIO(read())), mode), size)
+def _opened(path:str, read:abc.Callable, use:abc.Callable): # what `use` makes of an image
+    try: return use(Image.open(io.BytesIO(read()))) # reads the header only
     except Exception as e: # Pillow, zlib and zipfile each have their own
-        raise ValueError(f'cannot read the image {path} ({type(e).__name__}: {e}). Replace or remove the file.') from e
+        why = 'no kind of image that Pillow knows' if isinstance(e, UnidentifiedImageError) else f'{type(e).__name__}: {e}'
+        raise ValueError(f'cannot read the image {path} ({why}). Replace or remove the file.') from e
+
+def _decode(path:str, read:abc.Callable, size:int|None, mode:str)->np.ndarray: # (channels, height, width) uint8
+    return _opened(path, read, lambda image: image_pixels(plain_image(image, mode), size))
 
 # %% ../nbs/00_tasks.ipynb #00000027
 def read_images(
     files:list, # from `list_images`
     size:int|None=None, # resize to this height and width in pixels; None: all must already be alike
-    mode:str='L', # Pillow's: '1' black and white, 'L' grey, 'RGB' colour
+    mode:str='L', # '1' black and white, 'L' grey, 'RGB' colour
+    refused:list[str]|None=None, # collects what is wrong with those that can't be read, which are left out; None: the first one is an error
 )->ClassImages: # classes in the order of their names
     "Decode images; an unreadable one, or one of another size, is named"
     if not files: raise ValueError('no images found: expected one folder per class, with .png or .jpg files in it')
-    files, pixels = sorted(files, key=lambda f: f[:2]), None
+    files, pixels, names = sorted(files, key=lambda f: f[:2]), None, []
+    def decode(file):
+        try: return _decode(*file[1:], size, mode)
+        except ValueError as e:
+            if refused is None: raise
+            return str(e)
     with ThreadPoolExecutor() as pool: # Pillow decodes outside Python's lock, so threads use all cores
-        decoded = (image for start in range(0, len(files), 1000) for image in pool.map(lambda f: _decode(*f[1:], size, mode), files[start:start+1000]))
-        for i,((_,path,_),image) in enumerate(zip(files, progress_bar(decoded, total=len(files), desc='decoding', unit=' images', leave=False))):
-            if pixels is None: pixels = np.empty((len(files), *image.shape), np.uint8)
+        decoded = (image for start in range(0, len(files), 1000) for image in pool.map(decode, files[start:start+1000]))
+        for (name,path,_),image in zip(files, progress_bar(decoded, total=len(files), desc='decoding', unit=' images', leave=False)):
+            if isinstance(image, str): refused.append(image); continue
+            if pixels is None: pixels, first = np.empty((len(files), *image.shape), np.uint8), path
             if image.shape != pixels.shape[1:]:
-                raise ValueError(f'images of different sizes: {files[0][1]} is {pixels.shape[3]}x{pixels.shape[2]}, '
+                raise ValueError(f'images of different sizes: {first} is {pixels.shape[3]}x{pixels.shape[2]}, '
                                  f'{path} is {image.shape[2]}x{image.shape[1]} pixels (width x height). Give a size to resize to.')
-            pixels[i] = image
-    counts = {}
-    for name,*_ in files: counts[name] = counts.get(name, 0) + 1
-    return ClassImages(torch.from_numpy(pixels), list(counts.values()), list(counts))
+            pixels[len(names)] = image; names.append(name)
+    if not names: raise ValueError(f'none of the {len(files)} images can be read; the first: {refused[0]}')
+    counts = collections.Counter(names)
+    return ClassImages(torch.from_numpy(pixels[:len(names)]), list(counts.values()), list(counts), refused=refused or ())
 
 # %% ../nbs/00_tasks.ipynb #00000029
 def _fingerprint(sources:list[Path])->str: # of names, sizes and times of change, not of contents: it must be quick
@@ -290,7 +301,8 @@ def _fingerprint(sources:list[Path])->str: # of names, sizes and times of change
 
 def _load_classes(path:Path)->ClassImages:
     with safe_open(path, 'pt') as f:
-        return ClassImages(f.get_tensor('images'), f.get_tensor('counts').tolist(), json.loads(f.metadata()['names']))
+        notes = f.metadata()
+        return ClassImages(f.get_tensor('images'), f.get_tensor('counts').tolist(), json.loads(notes['names']), refused=json.loads(notes.get('refused', '[]')))
 
 # %% ../nbs/00_tasks.ipynb #0000002a
 def write_safely(
@@ -320,7 +332,7 @@ def cached(
         except (SafetensorError, KeyError, ValueError): warnings.warn(f'{path} is damaged; decoding again')
     data = make()
     tensors = {'images': data.images, 'counts': data.count}
-    try: write_safely(path, lambda p: save_file(tensors, p, {'names': json.dumps(data.names)}))
+    try: write_safely(path, lambda p: save_file(tensors, p, {'names': json.dumps(data.names), 'refused': json.dumps(data.refused)}))
     except OSError as e: warnings.warn(f'could not keep decoded images in {path.parent}: {e}')
     return data
 
@@ -421,15 +433,89 @@ def _without(data:ClassImages, extra:set)->ClassImages:
     kept = [[int(first)+i for i in range(int(n)) if (c, i) not in extra] for c,(first,n) in enumerate(zip(data.first, data.count))]
     return ClassImages(data.images[[row for rows in kept for row in rows]], [len(rows) for rows in kept], data.names, data.split)
 
+# %% ../nbs/00_tasks.ipynb #f89338cf
+def image_size(
+    channels:int, # 1 grey, 3 colour
+)->int: # height and width, in pixels
+    "The size of Omniglot for grey images, of mini-ImageNet for colour"
+    return 28 if channels == 1 else 84
+
+def _coloured(file:tuple)->bool: # by its header; a file that can't be opened says nothing here
+    try: return _opened(*file[1:], lambda image: image.mode not in ('1','L','LA','La') and not image.mode.startswith('I'))
+    except ValueError: return False
+
+def _cut_shares(text:str, n:int)->list[int]: # '60/20/20' of n classes -> how many go to train, val and test
+    try: shares = [float(s) for s in text.split('/')]
+    except ValueError: shares = []
+    if len(shares) != 3 or not all(0 <= s < math.inf for s in shares) or not shares[0]: raise ValueError(f'shares of train, val and test must be three numbers, as in 60/20/20; got {text!r}')
+    val, test = (round(n*s/sum(shares)) for s in shares[1:])
+    return [n-val-test, val, test]
+
+def _short(names:list[str])->list[str]: # without the folders that all classes are in
+    split = [name.split('/') for name in {*names}]
+    depth = next((i for i,level in enumerate(zip(*(s[:-1] for s in split))) if len({*level}) > 1), min(len(s) for s in split)-1)
+    return ['/'.join(name.split('/')[depth:]) for name in names]
+
+def _list_classes(source:Path, refused:list[str])->list: # as `list_images`, by all folders above an image
+    files = list_images(source, levels=0)
+    refused += [f'{path} is in no folder of a class' for name,path,_ in files if not name]
+    if source.is_dir():
+        used = {Path(path).parent for _,path,_ in files}
+        refused += [f'{p} has no images' for p in sorted(source.rglob('*')) if p.is_dir() and p not in used and not any(q.is_dir() for q in p.iterdir()) and not any(part.startswith('.') for part in p.relative_to(source).parts)]
+    files = [f for f in files if f[0]]
+    return [(name, *rest) for name,(_,*rest) in zip(_short([f[0] for f in files]), files)] if files else []
+
+# %% ../nbs/00_tasks.ipynb #a80337d5
+def image_folder(
+    source:str|Path, # a folder with a folder for each class, or a zip of one; or a folder with train, val and test (folders or zips) like that
+    size:int=0, # height and width to squash images to, in pixels; 0: `image_size`
+    shares:str='60/20/20', # of the classes that go to train, val and test, where the source isn't split
+    seed:int=0, # of the shuffle before the cut
+)->dict[str,ClassImages]: # 'train', 'val', 'test'; each with `refused`, what is wrong with files that were left out
+    "Own images, decoded once and kept in the cache"
+    source = Path(source).resolve()
+    if not source.is_dir() and not zipfile.is_zipfile(source): raise ValueError(f'{source} is neither a folder nor a zip of images')
+    parts = {s: files for s,(files,_) in (_in_parts(source) if source.is_dir() else {}).items()} or {'all': [source]}
+    halves = [s for s in split_sizes if 'all' in parts and (source/s).is_dir() and any(p.is_dir() for p in (source/s).iterdir())]
+    if halves: raise ValueError(f"{source} has {' and '.join(halves)} with class folders in it, but not all of train, val and test; add what is missing, or put all classes into one folder, to be split")
+    def make():
+        refused = []
+        files = [(f'{s}/{name}', *rest) for s,sources in parts.items() for part in sources for name,*rest in _list_classes(part, refused)]
+        if not files: raise ValueError(f'no images in {source}: expected a folder for each class, with images in it')
+        with ThreadPoolExecutor() as pool: colour = any(pool.map(_coloured, files))
+        return read_images(files, size or image_size(3 if colour else 1), 'RGB' if colour else 'L', refused)
+    whole = cached(f'images-{size or "auto"}', [source], make)
+    of = {s: [i for i,name in enumerate(whole.names) if name.startswith(f'{s}/')] for s in parts}
+    if 'all' in of:
+        ends = list(itertools.accumulate(sizes := _cut_shares(shares, len(whole))))
+        order = np.random.RandomState(seed).permutation(len(whole)).tolist()
+        of = {s: order[end-n:end] for s,n,end in zip(split_sizes, sizes, ends)}
+    splits = {s: whole.select(classes, s) for s,classes in of.items()}
+    for d in splits.values(): d.names = tuple(name.partition('/')[2] for name in d.names)
+    seen = collections.Counter(name for d in splits.values() for name in d.names)
+    if twice := [name for name,n in seen.items() if n > 1]:
+        raise ValueError(f"{len(twice)} classes are in more than one of train, val and test, {twice[0]!r} among them: few-shot learning is tested on classes that training never saw. Put each class into one of them, or give one folder of all classes, to be split")
+    return splits
+
+@patch
+def large_enough(self:ClassImages,
+    n:int, # images that a class needs
+)->tuple[ClassImages,dict[str,int]]: # the classes that have them, and how many images each of the others has
+    "Leave out small classes"
+    small = {name: int(c) for name,c in zip(self.names, self.count) if c < n}
+    return (self.select([i for i,c in enumerate(self.count) if c >= n], self.split) if small else self), small
+
 # %% ../nbs/00_tasks.ipynb #4e5ab632
 data_sets = {'omniglot': omniglot, 'glyphs': glyphs, 'mini-imagenet': mini_imagenet, 'mini-imagenet-distinct': lambda: without_duplicates(mini_imagenet())}
 
 def load_data(
-    name:str, # a key of `data_sets`
+    name:str, # a key of `data_sets`, or the path of a folder or zip of images: see `image_folder`
+    **settings, # of `image_folder`
 )->dict[str,ClassImages]: # 'train', 'val' and 'test'
     "The splits of a data set"
-    if name not in data_sets: raise ValueError(f"no data set {name!r}; choose from {', '.join(map(repr, data_sets))}")
-    return data_sets[name]()
+    if name in data_sets: return data_sets[name]()
+    if not Path(name).exists(): raise ValueError(f"no data set {name!r}; choose from {', '.join(map(repr, data_sets))}, or give the path of a folder of images")
+    return image_folder(name, **settings)
 
 # %% ../nbs/00_tasks.ipynb #c04e3c66
 def characters(
