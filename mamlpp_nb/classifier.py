@@ -66,13 +66,19 @@ def head_for(
     meta:MetaParameters, # a model
     n_classes:int, # classes of the new task
 )->MetaParameters: # the same with a head of so many rows
-    "Every class begins from the mean row of the head"
-    def mean(t, axis): return t.mean(axis, keepdim=True).expand(*t.shape[:axis], n_classes, *t.shape[axis+1:]).contiguous()
+    "The shared row for every class, if the head was trained as one; else a row for each, in order, and drawn ones with the mean and spread of the trained ones for the classes beyond"
+    weight, way = meta.start['head.weight'], len(meta.start['head.bias'])
+    g = torch.Generator().manual_seed(0)
+    def drawn(t): return t.mean(0) + t.std(0, correction=0)*torch.randn(n_classes-way, *t.shape[1:], generator=g, dtype=t.dtype)
+    def mean(t): return t.mean(0).expand(n_classes-way, *t.shape[1:])
+    def rows(t, more): # the first axis of t is the classes'
+        t = t.detach()
+        if n_classes <= way or (weight == weight[0]).all(): return t[torch.arange(n_classes) % way]
+        return torch.cat([t, more(t)])
     heads = [k for k in meta.start if k.startswith('head.')]
-    way = len(meta.start['head.bias'])
-    per_weight = [k for k in heads if k in meta.step_sizes and meta.step_sizes[k].dim() > 1 and meta.step_sizes[k].shape[1] == way > 1]
-    return meta._replace(start={**meta.start, **{k: mean(meta.start[k].detach(), 0) for k in heads}},
-                         step_sizes={**meta.step_sizes, **{k: mean(meta.step_sizes[k].detach(), 1) for k in per_weight}})
+    per_weight = [k for k in heads if k in meta.step_sizes and meta.step_sizes[k].ndim == meta.start[k].ndim + 1]
+    return meta._replace(start={**meta.start, **{k: rows(meta.start[k], drawn if k == 'head.weight' else mean) for k in heads}},
+                         step_sizes={**meta.step_sizes, **{k: torch.stack([rows(t, mean) for t in meta.step_sizes[k]]) for k in per_weight}})
 
 # %% ../nbs/10_your_images.ipynb #2b495dd6
 models_folder = Path(mamlpp_nb.__file__).parent/'models' # weights that come with the package

@@ -35,7 +35,7 @@ _small = {'filters': 32, 'n_tasks': 4, 'epochs': 10, 'iterations': 200, 'multi_s
 _small_mini = {'filters': 16, 'n_target': 3, 'n_tasks': 4, 'epochs': 5, 'iterations': 120, 'multi_step_epochs': 1, 'outer_lr': 3e-3, 'validation_tasks': 40, 'test_tasks': 150, 'keep': 3}
 def _extensions(preset:str, average:float, **changes)->dict[str,Row]: # MAML++ with one thing changed, and two methods that adapt less
     epochs = changes.get('epochs', configure(preset).epochs)
-    changed = {'first-order': {'first_order_epochs': epochs}, 'annealed': {'first_order_epochs': epochs//2}, 'targets-5': {'n_target': 5}, 'average': {'average': average}, 'steps-10': {'n_steps': 10}}
+    changed = {'first-order': {'first_order_epochs': epochs}, 'annealed': {'first_order_epochs': epochs//2}, 'targets-5': {'n_target': 5}, 'average': {'average': average}, 'steps-10': {'n_steps': 10}, 'shared-head': {'shared_head': True}}
     return {k: r for mark,c in changed.items() for k,r in _rows(preset, {'mamlpp': ()}, f'-{mark}', **changes, **c).items()} | _rows(preset, {'anil': (), 'boil': ()}, **changes)
 
 _one_shot = {'mamlpp': (97.65,.05), 'maml': (91.27,1.07), 'maml+lslr': (95.77,.38), 'maml+bn': (95.35,.23), 'maml+msl': (91.53,.69)}
@@ -44,10 +44,11 @@ tables = {'omniglot': _rows('omniglot-20w1s', _one_shot) | _rows('omniglot-20w5s
                       | _rows('omniglot-20w5s', {**_rest, 'mamlpp': (99.33,.03), 'maml': (98.78,), 'meta-sgd': (98.97,.19)}) | _rows('omniglot-5w1s', _rest) | _rows('omniglot-5w5s', _rest),
           'stability': _rows('omniglot-20w1s', {'maml': (), 'mamlpp': ()}, '-strided', strided=True),
           'extensions': _extensions('omniglot-20w1s', .999) | _rows('omniglot-20w1s', {'mamlpp': ()}, '-tasks-16', n_tasks=16)
-                        | _rows('omniglot-20w1s', {'mamlpp': ()}, '-all', n_target=5, average=.999, n_tasks=16),
+                        | _rows('omniglot-20w1s', {'mamlpp': ()}, '-all', n_target=5, average=.999, n_tasks=16, shared_head=True),
           'mini-imagenet': _rows('mini-imagenet-5w1s', {'mamlpp': (52.40,1.13), 'maml': (48.64,)}) | _rows('mini-imagenet-5w5s', {'mamlpp': (67.15,.26), 'maml': (64.78,)}),
           'omniglot-small': _rows('omniglot-5w1s', _rest, **_small),
-          'extensions-small': _extensions('omniglot-5w1s', .99, **_small),
+          'extensions-small': _extensions('omniglot-5w1s', .99, **_small) | _rows('omniglot-5w1s', {'mamlpp': ()}, '-shared-head-targets-5', shared_head=True, n_target=5, **_small),
+          'five-shot-small': _rows('omniglot-5w5s', {'mamlpp': ()}, **_small),
           'mini-imagenet-small': _rows('mini-imagenet-5w1s', {'mamlpp': (), 'maml': ()}, **_small_mini) | _rows('mini-imagenet-5w1s', {'mamlpp': (), 'maml': ()}, '-rate-0.1', inner_lr=.1, **_small_mini)}
 for n,published in ((4, (51.65,.34)), (3, (51.11,.11)), (2, (51.49,.25)), (1, (51.05,.31))): # inner steps
     tables['mini-imagenet'] |= _rows('mini-imagenet-5w1s', {'mamlpp': published}, f'-{n}-step{"s" if n > 1 else ""}', n_steps=n)
@@ -208,7 +209,7 @@ class _Job(NamedTuple): # seeds of a row that go on together
         write_safely(path, lambda draft: draft.write_text(jsons.dumps(record) + '\n'))
 
 def reproduce(
-    table:str, # omniglot (20-way, then 5-way), stability (strided networks), extensions (of MAML++), mini-imagenet; for two CPU cores: omniglot-small, extensions-small, mini-imagenet-small
+    table:str, # omniglot (20-way, then 5-way), stability (strided networks), extensions (of MAML++), mini-imagenet; for two CPU cores: omniglot-small, extensions-small, five-shot-small, mini-imagenet-small
     only:Param('rows, by name or by a pattern such as 20w1s-*; empty: all', str, nargs='+')='',
     seeds:Param('seeds of every row', str, nargs='+')='0,1,2',
     minutes:float=0., # stop after this time (minutes) with exit code 3, to go on later; 0: at the end

@@ -62,6 +62,7 @@ class Config:
     image_size:int = 0          # own images: height and width in pixels; 0: 28 if all are grey, else 84
     shares:str = '60/20/20'     # own images that aren't split: shares of the classes for train, val and test
     split_seed:int = 0          # own images that aren't split: of the shuffle of the classes
+    shared_head:bool = False    # one row of the head that every class begins from, instead of a row for each
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -140,6 +141,20 @@ def load_splits(
     say(', '.join(f'{s} {len(data)} classes' for s,data in splits.items()))
     return splits
 
+def _head_axes(meta:MetaParameters)->dict[str,int]: # by the names of `meta.learned()`: which axis of a tensor of the head is the classes'
+    axes = {'head.weight': -2, 'head.bias': -1}
+    per_weight = {k: a for k,a in axes.items() if meta.step_sizes[k].ndim == meta.start[k].ndim + 1}
+    return {**{f'start/{k}': a for k,a in axes.items()}, **{f'step_sizes/{k}': a for k,a in per_weight.items()}}
+
+@torch.no_grad()
+def _share_head(meta:MetaParameters, gradient:abc.Callable)->abc.Callable: # make all rows of the head one, in place, and a gradient that keeps them so
+    axes = _head_axes(meta)
+    for k in axes: t = meta.named()[k]; t.copy_(t.mean(axes[k], keepdim=True).expand_as(t))
+    def shared(*arguments, **more):
+        loss, accuracy, found = gradient(*arguments, **more)
+        return loss, accuracy, {k: g.sum(axes[k], keepdim=True).expand_as(g).contiguous() if k in axes else g for k,g in found.items()}
+    return shared
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
     "What a configuration stands for"
@@ -169,7 +184,9 @@ def set_up(
     meta = method_parameters(find_method(config.method), net, deal(0).support_x[0], config.n_steps, config.inner_lr)
     step = operations(net, deal.data.images.shape[-1], config.n_way*config.k_shot, config.n_way*config.n_target, config.n_tasks, config.n_steps)
     compiled = worth_compiling(step*config.epochs*config.iterations) # the same answer when the run goes on
-    return Setup(net, task_batched(net), fast_gradient(net, compiled), fast_inner_loop(net, compiled), fast_predicts(net, compiled), fast_statistics(net, compiled), compiled, meta, deal, validation, test)
+    gradient = fast_gradient(net, compiled)
+    if config.shared_head: gradient = _share_head(meta, gradient)
+    return Setup(net, task_batched(net), gradient, fast_inner_loop(net, compiled), fast_predicts(net, compiled), fast_statistics(net, compiled), compiled, meta, deal, validation, test)
 
 # %% ../nbs/08_training.ipynb #00000012
 @dataclasses.dataclass

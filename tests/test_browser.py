@@ -1,0 +1,119 @@
+"Widgets in a real browser: Chromium without a screen, JupyterLab with a kernel. Skipped where either is missing."
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+root = Path(__file__).parent.parent
+browser, driver_path = (next(filter(None, map(shutil.which, names)), None) for names in (('chromium', 'chromium-browser', 'google-chrome'), ('chromedriver',)))
+if not browser or not driver_path: pytest.skip('no Chromium and chromedriver on this machine', allow_module_level=True)
+webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
+from selenium.webdriver import ActionChains, Keys  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+from mamlpp_nb.drawing import recorded  # noqa: E402
+from mamlpp_nb.rates import rate_chart, rates_player  # noqa: E402
+from mamlpp_nb.reproduce import read_records  # noqa: E402
+
+patience = 120 # seconds; a test fails long before if it can
+
+
+@pytest.fixture(scope='module')
+def chromium(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for word in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run', '--disable-background-networking', '--disable-component-update',
+                 '--disable-sync', '--window-size=1400,1400', f"--user-data-dir={tmp_path_factory.mktemp('profile')}"): options.add_argument(word)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "A JupyterLab of its own: its address and folder."
+    folder = tmp_path_factory.mktemp('lab')
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    words = ['lab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', f'--ServerApp.root_dir={folder}', '--IdentityProvider.token=', '--LabApp.news_url=', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
+    env = {**os.environ, **{f'JUPYTER_{k}_DIR': str(folder / '.jupyter' / k) for k in ('CONFIG', 'DATA', 'RUNTIME')}, 'PYTHONPATH': str(root)}
+    server = subprocess.Popen([sys.executable, '-m', 'jupyter', *words], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(patience):
+        try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=5); break
+        except OSError: assert server.poll() is None; time.sleep(1)
+    yield f'http://127.0.0.1:{port}', folder
+    server.terminate(); server.wait(30)
+
+
+def wait(driver, condition): return WebDriverWait(driver, patience).until(condition)
+
+
+def run_cell(driver, lab, source):
+    "A notebook of one cell, run; its outputs are on the page."
+    address, folder = lab
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata={'kernelspec': {'name': 'python3', 'display_name': 'Python 3'}}), folder / 'page.ipynb')
+    driver.get(f'{address}/doc/tree/page.ipynb?reset')
+    cell = wait(driver, lambda d: d.find_elements(By.CSS_SELECTOR, '.jp-CodeCell .cm-content'))[0]
+    wait(driver, lambda d: 'idle' in d.page_source.lower() and cell.is_displayed())
+    cell.click()
+    ActionChains(driver).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
+
+
+def test_a_task_drawn_by_mouse(chromium, lab):
+    run_cell(chromium, lab, 'from mamlpp_nb.drawing import drawing_pad\ndrawing_pad()')
+    canvases = wait(chromium, lambda d: (found := d.find_elements(By.CSS_SELECTOR, '.jp-OutputArea canvas')) and len(found) == 6 and found)
+    for canvas, strokes in zip(canvases, recorded.values()):
+        w, h = canvas.size['width'], canvas.size['height']
+        for stroke in strokes:
+            (x, y), *rest = [(round((a - .5) * w), round((b - .5) * h)) for a, b in stroke]
+            moves = ActionChains(chromium, duration=20).move_to_element_with_offset(canvas, x, y).click_and_hold()
+            for x, y in rest: moves = moves.move_to_element_with_offset(canvas, x, y)
+            moves.release().perform()
+    said = lambda d: next((e.text for e in d.find_elements(By.CSS_SELECTOR, '.widget-label') if e.text.startswith('It says')), None)
+    assert wait(chromium, said).startswith('It says B')
+    ink = "const c = arguments[0]; return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v > 0)"
+    assert all(chromium.execute_script(ink, c) for c in canvases)
+    wait(chromium, lambda d: d.find_elements(By.CSS_SELECTOR, '.jp-OutputArea img'))
+    chromium.find_element(By.XPATH, "//button[contains(., 'clear')]").click()
+    wait(chromium, lambda d: not said(d) and not any(d.execute_script(ink, c) for c in canvases))
+
+
+def test_the_slider_of_learned_rates_with_a_kernel(chromium, lab):
+    tables = str(root / 'nbs/results/tables')
+    run_cell(chromium, lab, f"""%matplotlib inline
+from mamlpp_nb.rates import rate_chart, rates_slider
+from mamlpp_nb.reproduce import read_records
+rates_slider(rate_chart(read_records({tables!r}, 'omniglot-small')['5w1s-mamlpp'], 'rates'))""")
+    picture = lambda d: next((e.get_attribute('src') for e in d.find_elements(By.CSS_SELECTOR, '.jp-OutputArea img') if e.get_attribute('src').startswith('data:image/png')), None)
+    readout = lambda d: d.find_element(By.CSS_SELECTOR, '.widget-readout').text
+    first = wait(chromium, picture)
+    assert readout(chromium) == 'best'
+    handle = chromium.find_element(By.CSS_SELECTOR, '.noUi-handle')
+    handle.send_keys(Keys.ARROW_RIGHT)
+    wait(chromium, lambda d: readout(d) == '1')
+    wait(chromium, lambda d: picture(d) not in (None, first))
+
+
+def test_the_player_of_learned_rates_without_a_kernel(chromium, tmp_path):
+    chart = rate_chart(read_records(root / 'nbs/results/tables', 'omniglot-small')['5w1s-mamlpp'], 'rates')
+    (tmp_path / 'player.html').write_text(f'<!doctype html><meta charset="utf-8">{rates_player(chart, 4)}')
+    chromium.get((tmp_path / 'player.html').as_uri())
+    slider, image = (wait(chromium, lambda d: d.find_element(By.CSS_SELECTOR, css)) for css in ('input[type=range]', '.anim_img, img'))
+    chromium.find_element(By.CSS_SELECTOR, 'button[title="First frame"]').click()
+    seen = [image.get_attribute('src')]
+    for _ in range(int(slider.get_attribute('max'))): slider.send_keys(Keys.ARROW_RIGHT); seen.append(image.get_attribute('src'))
+    assert len(set(seen)) == len(seen) > 2
+
+
+def test_the_player_on_the_committed_page_is_whole():
+    page = json.loads((root / 'nbs/13_learned_rates.ipynb').read_text())
+    html = [''.join(o['data']['text/html']) for c in page['cells'] if c['cell_type'] == 'code' for o in c['outputs'] if 'text/html' in o.get('data', {})]
+    assert any('type="range"' in h and h.count('data:image/') > 2 for h in html)
