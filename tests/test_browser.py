@@ -1,6 +1,7 @@
 "Widgets in a real browser: Chromium without a screen, JupyterLab with a kernel. Skipped where either is missing."
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ root = Path(__file__).parent.parent
 browser, driver_path = (next(filter(None, map(shutil.which, names)), None) for names in (('chromium', 'chromium-browser', 'google-chrome'), ('chromedriver',)))
 if not browser or not driver_path: pytest.skip('no Chromium and chromedriver on this machine', allow_module_level=True)
 webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
+from selenium.common.exceptions import ElementNotInteractableException, StaleElementReferenceException  # noqa: E402
 from selenium.webdriver import ActionChains, Keys  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
@@ -50,10 +52,12 @@ def lab(tmp_path_factory):
         try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=5); break
         except OSError: assert server.poll() is None; time.sleep(1)
     yield f'http://127.0.0.1:{port}', folder
-    server.terminate(); server.wait(30)
+    server.terminate()
+    try: server.wait(10)
+    except subprocess.TimeoutExpired: server.kill()
 
 
-def wait(driver, condition): return WebDriverWait(driver, patience).until(condition)
+def wait(driver, condition): return WebDriverWait(driver, patience, ignored_exceptions=(StaleElementReferenceException, ElementNotInteractableException)).until(condition)
 
 
 def run_cell(driver, lab, source):
@@ -61,10 +65,14 @@ def run_cell(driver, lab, source):
     address, folder = lab
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata={'kernelspec': {'name': 'python3', 'display_name': 'Python 3'}}), folder / 'page.ipynb')
     driver.get(f'{address}/doc/tree/page.ipynb?reset')
-    cell = wait(driver, lambda d: d.find_elements(By.CSS_SELECTOR, '.jp-CodeCell .cm-content'))[0]
-    wait(driver, lambda d: 'idle' in d.page_source.lower() and cell.is_displayed())
-    cell.click()
-    ActionChains(driver).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
+    wait(driver, lambda d: d.find_elements(By.CSS_SELECTOR, '.jp-Notebook-ExecutionIndicator[data-status="idle"]')) # the kernel is there
+    def run(d): # a kernel that has just started may not hear it
+        d.find_element(By.CSS_SELECTOR, '.jp-CodeCell .cm-content').click()
+        ActionChains(d).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
+        for _ in range(20):
+            time.sleep(.5)
+            if re.search(r'[*\d]', d.find_element(By.CSS_SELECTOR, '.jp-CodeCell .jp-InputPrompt').text): return True
+    wait(driver, run)
 
 
 def test_a_task_drawn_by_mouse(chromium, lab):

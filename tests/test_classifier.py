@@ -1,0 +1,209 @@
+"A classifier for one's own images: as scikit-learn has it, after a round trip, with bad input, as a command."
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.utils import estimator_checks
+
+from mamlpp_nb.classifier import FewShotClassifier, head_for, models_folder, read_pretrained
+from mamlpp_nb.cli import main
+from mamlpp_nb.maml import load_meta, save_meta
+from mamlpp_nb.tasks import EpisodeSampler
+
+
+@pytest.fixture(scope='module')
+def task(drawn):
+    "Five classes, two images each to learn from and three to name: images and labels of both."
+    e = EpisodeSampler(drawn['test'], 5, 2, 3)(0)
+    names = np.array(['ox', 'elk', 'emu', 'ape', 'bee'])
+    return e.support_x[0].numpy(), names[e.support_y[0]], e.target_x[0].numpy(), names[e.target_y[0]]
+
+
+@pytest.fixture
+def folder(tmp_path, task):
+    "The same as files."
+    for place, x, y in (('support', *task[:2]), ('unknown', *task[2:])):
+        for i, (image, name) in enumerate(zip(x, y)):
+            (tmp_path / place / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray((255*image[0]).astype(np.uint8)).save(tmp_path / place / name / f'{i}.png')
+    return tmp_path
+
+
+checks = ['check_estimator_cloneable', 'check_estimator_repr', 'check_no_attributes_set_in_init', 'check_parameters_default_constructible', 'check_get_params_invariance', 'check_set_params',
+          'check_do_not_raise_errors_in_init_or_set_param', 'check_valid_tag_types', 'check_mixin_order', 'check_estimator_tags_renamed']
+
+
+@pytest.mark.parametrize('name', checks)
+def test_what_scikit_learn_asks_of_any_estimator(name):
+    "Those of its checks that don't fit two-dimensional tables of numbers, which are no images."
+    getattr(estimator_checks, name)('FewShotClassifier', FewShotClassifier())
+
+
+def test_tools_of_scikit_learn_take_it(task):
+    x, y, *_ = task
+    twin = clone(FewShotClassifier(n_steps=3).fit(x, y))
+    assert twin.n_steps == 3 and not hasattr(twin, 'steps_')
+    assert cross_val_score(FewShotClassifier(), x, y, cv=2).mean() > .5
+    search = GridSearchCV(FewShotClassifier(), {'n_steps': [1, 5]}, cv=2).fit(x, y)
+    assert search.best_params_['n_steps'] in (1, 5) and set(search.predict(x)) <= set(y)
+
+
+def test_it_learns_and_names_the_classes_in_order(task):
+    x, y, targets, truth = task
+    c = FewShotClassifier().fit(x, y)
+    assert c.classes_.tolist() == sorted(set(y)) and c.score(targets, truth) > .7
+    proba = c.predict_proba(targets)
+    assert proba.shape == (15, 5) and np.allclose(proba.sum(1), 1, atol=1e-5)
+    assert (c.classes_[proba.argmax(1)] == c.predict(targets)).all()
+
+
+def test_neither_the_order_of_images_nor_the_names_of_classes_matter(task):
+    "The packaged model has a head of one shared row."
+    x, y, targets, _ = task
+    proba = FewShotClassifier().fit(x, y).predict_proba(targets)
+    order = np.random.default_rng(0).permutation(len(x))
+    assert np.allclose(FewShotClassifier().fit(x[order], y[order]).predict_proba(targets), proba, atol=1e-4)
+    backwards = {name: 'edcba'[i] for i, name in enumerate(sorted(set(y)))}
+    assert np.allclose(FewShotClassifier().fit(x, [backwards[name] for name in y]).predict_proba(targets)[:, ::-1], proba, atol=1e-4)
+
+
+@pytest.mark.parametrize('way, shots', [(2, [1, 3]), (3, [1, 1, 1]), (9, [2, 1, 4, 1, 1, 2, 1, 1, 3])])
+def test_any_number_of_classes_and_unequal_shots(drawn, way, shots):
+    images, labels = zip(*((image, c) for c, n in enumerate(shots) for image in drawn['test'].of_class(c)[:n]))
+    others, truth = zip(*((image, c) for c in range(way) for image in drawn['test'].of_class(c)[10:14]))
+    c = FewShotClassifier().fit(list(images), labels)
+    assert c.predict_proba(list(others)).shape == (4*way, way) and c.score(list(others), truth) > 1.5/way
+
+
+def test_one_by_one_and_in_a_batch_agree_where_that_is_promised(task):
+    x, y, targets, _ = task
+    for norm in ('support', 'running'):
+        c = FewShotClassifier(norm=norm).fit(x, y)
+        assert np.allclose(np.concatenate([c.predict_proba(t[None]) for t in targets]), c.predict_proba(targets), atol=1e-5)
+    c = FewShotClassifier(norm='targets').fit(x, y)
+    assert not np.allclose(np.concatenate([c.predict_proba(t[None]) for t in targets]), c.predict_proba(targets), atol=1e-2) # and isn't where it isn't
+
+
+def test_rows_of_a_head_that_was_trained_with_a_row_for_each_class():
+    meta = read_pretrained('omniglot').meta
+    rows = meta.start['head.weight'] + torch.arange(5.)[:, None]
+    apart = meta._replace(start={**meta.start, 'head.weight': rows, 'head.bias': torch.arange(5.)})
+    assert torch.equal(head_for(apart, 3).start['head.weight'], rows[:3]) and torch.equal(head_for(apart, 5).start['head.weight'], rows)
+    more = head_for(apart, 400).start
+    assert torch.equal(more['head.weight'][:5], rows) and len({*more['head.weight'][:, 0].tolist()}) == 400 # no two classes begin alike
+    assert torch.allclose(more['head.weight'][5:].mean(0), rows.mean(0), atol=.4) and torch.allclose(more['head.weight'][5:].std(0), rows.std(0, correction=0), rtol=.2)
+    assert torch.equal(head_for(apart, 400).start['head.weight'], more['head.weight']) # drawn alike every time
+    shared = head_for(meta, 12).start['head.weight']
+    assert (shared == shared[0]).all() and len(shared) == 12
+
+
+def test_a_new_process_predicts_the_same_to_the_bit(task, tmp_path):
+    x, y, targets, _ = task
+    c = FewShotClassifier(n_steps=4).fit(x, y)
+    c.save(tmp_path / 'c.safetensors')
+    np.save(tmp_path / 'x.npy', targets)
+    there = 'import sys, numpy as np; from mamlpp_nb.classifier import FewShotClassifier; c = FewShotClassifier.load(sys.argv[1] + "/c.safetensors"); np.savez(sys.argv[1] + "/said.npz", *[c.adapted_at(i).predict_proba(np.load(sys.argv[1] + "/x.npy")) for i in range(5)], names=c.predict(np.load(sys.argv[1] + "/x.npy")))'
+    subprocess.run([sys.executable, '-c', there, str(tmp_path)], check=True)
+    said = np.load(tmp_path / 'said.npz')
+    for i in range(5): assert np.array_equal(said[f'arr_{i}'], c.adapted_at(i).predict_proba(targets))
+    assert said['names'].tolist() == c.predict(targets).tolist()
+    (tmp_path / 'd.safetensors').write_bytes((tmp_path / 'c.safetensors').read_bytes()[:-100])
+    with pytest.raises(ValueError, match='d.safetensors'): FewShotClassifier.load(tmp_path / 'd.safetensors')
+
+
+def test_more_steps_than_in_training(task):
+    x, y, targets, truth = task
+    c = FewShotClassifier(n_steps=12).fit(x, y)
+    assert c.n_steps_ == 12 and np.array_equal(c.adapted_at(5).predict_proba(targets), FewShotClassifier().fit(x, y).predict_proba(targets))
+    with pytest.raises(ValueError, match='from 0 to 12'): c.adapted_at(13)
+
+
+@pytest.mark.parametrize('spoil, named', [
+    (lambda x, y: (x[:, :, 0], y), 'must be'), (lambda x, y: (x[:, [0, 0]], y), 'channels'), (lambda x, y: (x, y[:-1]), 'as many labels'), (lambda x, y: (x, y[:, None]), 'in one list'),
+    (lambda x, y: (x, ['ox']*len(x)), 'two classes'), (lambda x, y: (x*300, y), 'must lie in'), (lambda x, y: (x*np.nan, y), 'must lie in'), (lambda x, y: ([], []), 'no images'),
+    (lambda x, y: (x, np.linspace(0, 1, len(x))), 'strings or integers'), (lambda x, y: (['nowhere.png']*len(x), y), 'nowhere.png')])
+def test_bad_images_and_labels_are_named(task, spoil, named):
+    with pytest.raises(ValueError, match=named): FewShotClassifier().fit(*spoil(*task[:2]))
+
+
+def test_bad_settings_and_models_are_named(task, tmp_path):
+    x, y, *_ = task
+    (tmp_path / 'junk.safetensors').write_bytes(b'junk')
+    save_meta(tmp_path / 'other.safetensors', load_meta(models_folder / 'omniglot.safetensors')[0], {'config': {'filters': 16}})
+    for settings, named in (({'model': 'imagenet'}, 'omniglot'), ({'model': str(tmp_path)}, 'neither a file'), ({'model': str(tmp_path / 'junk.safetensors')}, 'junk'), ({'model': str(tmp_path / 'other.safetensors')}, 'does not fit'),
+                            ({'n_steps': 0}, 'at least 1'), ({'norm': 'batch'}, 'choose from')):
+        with pytest.raises(ValueError, match=named): FewShotClassifier(**settings).fit(x, y)
+    with pytest.raises(ValueError, match='call fit'): FewShotClassifier().predict(x)
+
+
+def test_an_exported_program_says_the_same(task, tmp_path):
+    x, y, targets, _ = task
+    c, batch = FewShotClassifier().fit(x, y), torch.from_numpy(task[2])
+    program = torch.export.export(c.module(), (batch,), dynamic_shapes=({0: torch.export.Dim('images', min=1)},))
+    torch.export.save(program, tmp_path / 'c.pt2')
+    said = torch.export.load(tmp_path / 'c.pt2').module()
+    for n in (1, 7): assert np.allclose(said(batch[:n]).numpy(), c.predict_proba(targets[:n]), atol=1e-6)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_onnx_says_the_same(task, tmp_path):
+    runtime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
+    pytest.importorskip('onnxscript', reason='onnxscript is not installed')
+    x, y, targets, _ = task
+    c = FewShotClassifier().fit(x, y)
+    torch.onnx.export(c.module(), (torch.from_numpy(targets),), tmp_path / 'c.onnx', dynamo=True, verbose=False, input_names=['images'], dynamic_shapes=({0: torch.export.Dim('n', min=1)},))
+    session = runtime.InferenceSession(tmp_path / 'c.onnx')
+    for n in (1, 7): assert np.allclose(session.run(None, {'images': targets[:n]})[0], c.predict_proba(targets[:n]), atol=1e-5)
+
+
+def adapt(capsys, *words):
+    code = main(['adapt', *map(str, words)])
+    return (code, *capsys.readouterr())
+
+
+def test_the_command_in_all_formats(folder, capsys, task):
+    code, out, _ = adapt(capsys, 'omniglot', folder / 'support', '--predict', folder / 'unknown', '--format', 'json', '--save', folder / 'c.safetensors')
+    rows = json.loads(out)
+    assert code == 0 and len(rows) == 15 and all(abs(sum(r['probabilities'].values()) - 1) < 1e-4 and max(r['probabilities'], key=r['probabilities'].get) == r['predicted'] for r in rows)
+    assert np.mean([r['predicted'] in r['path'].split('/')[-2] for r in rows]) > .7
+    table = list(csv.DictReader(io.StringIO(adapt(capsys, 'omniglot', folder / 'support', '--predict', folder / 'unknown', '--format', 'csv')[1])))
+    assert [(r['path'], r['predicted']) for r in table] == [(r['path'], r['predicted']) for r in rows]
+    assert [line.split()[:2] for line in adapt(capsys, 'omniglot', folder / 'support', '--predict', folder / 'unknown')[1].splitlines()[1:]] == [[r['path'], r['predicted']] for r in rows]
+    assert FewShotClassifier.load(folder / 'c.safetensors').predict([r['path'] for r in rows]).tolist() == [r['predicted'] for r in rows]
+    code, out, err = adapt(capsys, 'omniglot', folder / 'support', '--format', 'json')
+    assert code == 0 and len(json.loads(out)) == 10 and 'of 10 images right' in err
+
+
+def test_the_command_names_what_is_wrong(folder, capsys):
+    support, unknown = folder / 'support', folder / 'unknown'
+    (support / 'ox' / 'broken.jpg').write_bytes(b'no picture')
+    code, _, err = adapt(capsys, 'omniglot', support, '--predict', unknown)
+    assert code == 0 and 'left out' in err and 'broken.jpg' in err
+    (support / 'yak').mkdir()
+    for words, named in (((support,), 'yak'), ((folder / 'nowhere',), 'not a folder'), ((unknown, '--predict', folder / 'nowhere'), 'not a folder'), ((unknown, '--steps', '-1'), 'at least 0'), ((unknown / 'ox',), 'no images')):
+        code, out, err = adapt(capsys, 'omniglot', *words)
+        assert code == 2 and named in err and not out and 'Traceback' not in err
+    (support / 'yak').rmdir()
+    (folder / 'empty').mkdir()
+    assert adapt(capsys, 'omniglot', folder / 'empty')[0] == 2 and adapt(capsys, 'omniglot', support, '--predict', folder / 'empty')[0] == 2
+    (folder / 'one').mkdir()
+    (folder / 'one/ox').symlink_to(support / 'ox')
+    assert adapt(capsys, 'omniglot', folder / 'one')[0] == 2
+    assert adapt(capsys, folder / 'support/ox/broken.jpg', support)[0] == 2
+
+
+def test_the_packaged_model_travels_with_the_package_and_its_card_says_what_it_is():
+    card, record = (models_folder / 'omniglot.md').read_text(), load_meta(models_folder / 'omniglot.safetensors')[1]['record']
+    kept = json.loads((models_folder.parent.parent / f'nbs/results/tables/{record}.json').read_text())
+    assert (models_folder / 'omniglot.safetensors').stat().st_size < 1e6
+    for norm, pair in kept['test']['norms'].items(): assert f"| {norm} | {100*pair['single']['accuracy'][-1]:.2f} ± {100*pair['single']['ci95'][-1]:.2f} |" in card
+    assert kept['starts'][-1]['commit'] in card and 'licence' in card.lower()
+    assert 'models' in (models_folder.parent.parent / 'MANIFEST.in').read_text()
