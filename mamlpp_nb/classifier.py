@@ -23,7 +23,7 @@ from .network import Conv4, Weights, task_batched
 from .maml import MetaParameters, at_step, load_meta, save_meta
 from .per_step_norm import gather_statistics, statistics_among, target_norms
 from .speed import fast_inner_loop, fast_statistics
-from .training import Config, build_network, imagenet_colours, set_up
+from .training import Config, best_epochs, best_file, build_network, imagenet_colours, read_metrics, set_up
 
 # %% ../nbs/10_your_images.ipynb #11ce4be2
 def _from_array(a:np.ndarray)->Image.Image: # (height, width), (height, width, channels) or (channels, height, width)
@@ -107,12 +107,13 @@ def _pretrained(path:Path, changed:float)->Pretrained:
     return Pretrained(meta, net, config, channels, size)
 
 def read_pretrained(
-    model:str|Path, # 'omniglot', or the path of a model: from `mamlpp train`, `save_meta`, or `FewShotClassifier.save`
+    model:str|Path, # 'omniglot', or a path: of a run of `mamlpp train`, whose best model is meant, or of a file from one, from `save_meta`, or from `FewShotClassifier.save`
 )->Pretrained:
     "A meta-trained model by name or path"
     path = models_folder/f'{model}.safetensors'
     if not path.exists(): path = Path(model)
-    if not path.is_file(): raise ValueError(f"no model {str(model)!r}: neither a file nor one of {', '.join(sorted(p.stem for p in models_folder.glob('*.safetensors')))}")
+    if path.is_dir() and (best := best_epochs(read_metrics(path), 1)): path = best_file(path, best[0])
+    if not path.is_file(): raise ValueError(f"no model {str(model)!r}: neither a file, nor a run with a finished epoch, nor one of {', '.join(sorted(p.stem for p in models_folder.glob('*.safetensors')))}")
     return _pretrained(path.resolve(), path.stat().st_mtime)
 
 # %% ../nbs/10_your_images.ipynb #6e8a424e
@@ -360,10 +361,11 @@ def model_card(
 )->str: # Markdown
     "What a user of the weights should know"
     c, test, start = record['config'], record['test'], record['starts'][-1]
+    head = 'every class begins from one shared row of the head' if c['shared_head'] else 'head rows by label, as published'
     size = 'a **reduced size**, for CPU' if record['table'].endswith('small') else 'full size'
     lines = [f'| {norm} | {100*pair["single"]["accuracy"][-1]:.2f} ± {100*pair["single"]["ci95"][-1]:.2f} |' for norm,pair in test['norms'].items()]
     terms = {'omniglot': 'Omniglot (Lake, Salakhutdinov and Tenenbaum 2015), MIT licence', 'mini-imagenet': "mini-ImageNet, ImageNet's terms: research only"}.get(c['data'], c['data'])
     return '\n'.join([f'# {name}', '', f"Meta-trained by {c['method']}: {c['n_way']}-way {c['k_shot']}-shot tasks of {c['data']}, {c['n_target']} target image(s) per class, at {size}: {c['filters']} filters, {c['epochs']*c['iterations']:,} outer steps of {c['n_tasks']} tasks, {c['n_steps']} inner steps, seed {c['seed']}.",
-        '', f"Accuracy in % on {test['n_tasks']} tasks of never-seen classes, 95 % interval over tasks, by whose statistics normalise a target (head rows by label, as published):", '', '| statistics | accuracy |', '|---|---|', *lines, '',
+        '', f"Accuracy in % on {test['n_tasks']} tasks of never-seen classes, 95 % interval over tasks, by whose statistics normalise a target ({head}):", '', '| statistics | accuracy |', '|---|---|', *lines, '',
         f"Trained in {record['seconds']:.0f} s on {start['device']}, commit `{start['commit']}`, torch {start['versions']['torch']}. Record: `nbs/results/tables/{record['table']}/{record['row']}-seed{record['seed']}.json`.",
         '', f'Data: {terms}. Weights: Apache-2.0, as the package.', '', 'Made for small drawings of characters, dark ink on light ground; not for photographs.' if c['data'] == 'omniglot' else ''])

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['presets', 'imagenet_colours', 'exit_codes', 'Config', 'configure', 'build_network', 'load_splits', 'Setup', 'set_up',
            'State', 'first_state', 'Damaged', 'save_state', 'load_state', 'open_run', 'read_config', 'keep_state',
-           'newest_state', 'read_metrics', 'best_epochs', 'portion_of', 'noted_signals', 'Reporter', 'train_runs',
-           'train_run', 'task_by_task', 'load_models', 'test_run', 'train_and_test', 'replay', 'read_run', 'plot_run']
+           'newest_state', 'read_metrics', 'best_epochs', 'best_file', 'portion_of', 'noted_signals', 'Reporter',
+           'train_runs', 'train_run', 'task_by_task', 'load_models', 'test_run', 'train_and_test', 'replay', 'read_run',
+           'plot_run']
 
 # %% ../nbs/08_training.ipynb #00000003
 import collections.abc as abc, contextlib, dataclasses, hashlib, json, math, os, signal, threading, time
@@ -90,7 +91,7 @@ _published = {f'{name}-{way}w{shot}s': dataclasses.replace(base, n_way=way, k_sh
 def _as_in_the_paper(c:Config)->Config: # twice the tasks per outer step, the first 50 epochs by first order
     return dataclasses.replace(c, n_tasks=2*c.n_tasks, first_order_epochs=50, epochs=150 if c.data == 'omniglot' else 100)
 
-_own = {f'{colour}-images-5w{shot}s': dataclasses.replace(_published[f'{like}-5w{shot}s'], data='', n_target=5, test_targets=5, rotate=False) for colour,like in (('grey','omniglot'), ('colour','mini-imagenet')) for shot in (1,5)} # they want data
+_own = {f'{colour}-images-5w{shot}s': dataclasses.replace(_published[f'{like}-5w{shot}s'], data='', n_target=5, test_targets=5, rotate=False, shared_head=True) for colour,like in (('grey','omniglot'), ('colour','mini-imagenet')) for shot in (1,5)} # they want data
 
 presets = {**_published, **{f'{name}-paper': _as_in_the_paper(c) for name,c in _published.items()}, **_own}
 
@@ -345,14 +346,19 @@ def best_epochs(
     "The epochs with the highest validation accuracy after the last inner step"
     return sorted((r['epoch'] for r in rows), key=lambda e: next((-r['validation']['accuracy'][-1], e) for r in rows if r['epoch'] == e))[:n]
 
-def _best_file(folder:Path, epoch:int)->Path: return folder/f'best-epoch-{epoch:03d}.safetensors'
+def best_file(
+    folder:str|Path, # of a run
+    epoch:int, # one of `best_epochs`
+)->Path: # of the state after it, which `load_meta` reads, too
+    "Where a run keeps one of its best epochs"
+    return Path(folder)/f'best-epoch-{epoch:03d}.safetensors'
 
 def _keep_best(folder:Path, rows:list[dict], state:State, config:Config)->None: # after an epoch: its state, if it is among the best
     epoch, kept = rows[-1]['epoch'], best_epochs(rows, config.keep)
-    if epoch in kept: save_state(_best_file(folder, epoch), state, {'config': dataclasses.asdict(config), 'epoch': epoch, 'validation': rows[-1]['validation']})
+    if epoch in kept: save_state(best_file(folder, epoch), state, {'config': dataclasses.asdict(config), 'epoch': epoch, 'validation': rows[-1]['validation']})
 
 def _forget_others(folder:Path, rows:list[dict], config:Config)->None: # only after the run's state is safe
-    kept = {_best_file(folder, e) for e in best_epochs(rows, config.keep)}
+    kept = {best_file(folder, e) for e in best_epochs(rows, config.keep)}
     for path in folder.glob('best-epoch-*.safetensors'):
         if path not in kept: path.unlink()
 
@@ -592,7 +598,7 @@ def load_models(
 )->tuple[list[MetaParameters],list[str]]: # the models of the best epochs, best first, and their files' names
     "What a run has kept"
     models, names = [], []
-    for path in [_best_file(Path(folder), e) for e in best_epochs(read_metrics(folder), config.keep)]:
+    for path in [best_file(Path(folder), e) for e in best_epochs(read_metrics(folder), config.keep)]:
         state = first_state(config, dataclasses.replace(setup, meta=_copy(setup.meta)))
         try: load_state(path, state)
         except (Damaged, FileNotFoundError) as e: say(f'{path} is left out of the ensemble: {e}'); continue
