@@ -1,0 +1,156 @@
+"Own folders of images: every kind of file, splits, what is left out, and a run from folder to predictions."
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mamlpp_nb.classifier import FewShotClassifier, read_pretrained
+from mamlpp_nb.cli import main
+from mamlpp_nb.tasks import image_folder, load_data
+from mamlpp_nb.training import Config, first_state, load_splits, set_up, train_run
+
+
+def picture(c, i, mode='L', size=(20, 20)):
+    "Image i of class c: a bar whose place is the class's, and noise of the image's."
+    pixels = np.random.default_rng(100*c + i).integers(200, 256, size, dtype=np.uint8)
+    pixels[c % size[0]] = 0
+    return Image.fromarray(pixels).convert(mode)
+
+
+def write(place, classes, images=4, suffix='png', **kw):
+    for c in classes:
+        (place / f'class{c:02d}').mkdir(parents=True, exist_ok=True)
+        for i in range(images): picture(c, i, **kw).save(place / f'class{c:02d}' / f'{i}.{suffix}')
+    return place
+
+
+def as_zip(folder, path):
+    with zipfile.ZipFile(path, 'w') as z:
+        for p in sorted(folder.rglob('*.*')): z.write(p, Path(folder.name) / p.relative_to(folder))
+    return path
+
+
+def test_a_folder_and_a_zip_of_it_are_the_same_data(tmp_path, own_cache):
+    folder = write(tmp_path / 'set', range(10))
+    ours, zipped = image_folder(folder), image_folder(as_zip(folder, tmp_path / 'set.zip'))
+    for s in ours: assert ours[s].names == zipped[s].names and torch.equal(ours[s].of_class(0), zipped[s].of_class(0))
+    assert [len(d) for d in ours.values()] == [6, 2, 2]
+    assert len({n for d in ours.values() for n in d.names}) == 10 # every class in one split
+
+
+def test_whoever_has_split_is_believed(tmp_path, own_cache):
+    for s, classes in (('train', range(5)), ('val', range(5, 8)), ('test', range(8, 10))): write(tmp_path / 'set' / s, classes)
+    splits = image_folder(tmp_path / 'set', shares='1/1/98', seed=3)
+    assert {s: d.names for s, d in splits.items()} == {s: tuple(f'class{c:02d}' for c in classes) for s, classes in (('train', range(5)), ('val', range(5, 8)), ('test', range(8, 10)))}
+
+
+def test_the_shuffle_belongs_to_the_seed_and_the_cut_to_the_shares(tmp_path, own_cache):
+    folder = write(tmp_path / 'set', range(20), 1)
+    assert image_folder(folder, seed=1)['train'].names == image_folder(folder, seed=1)['train'].names != image_folder(folder, seed=2)['train'].names
+    assert [len(d) for d in image_folder(folder, shares='50/25/25').values()] == [10, 5, 5]
+    for shares in ('50/50', 'a/b/c', '60/50/-10', '0/0/0'):
+        with pytest.raises(ValueError, match='shares'): image_folder(folder, shares=shares)
+
+
+@pytest.mark.parametrize('suffix, mode', [('png', 'L'), ('png', '1'), ('png', 'P'), ('png', 'LA'), ('png', 'I;16'), ('jpg', 'L'), ('jpg', 'CMYK'), ('bmp', 'RGB'), ('gif', 'L'), ('tif', 'L'), ('webp', 'RGB'), ('png', 'RGBA'), ('pgm', 'L')])
+def test_kinds_of_files(tmp_path, own_cache, suffix, mode):
+    folder = tmp_path / 'set'
+    for c in range(5):
+        (folder / f'{c}').mkdir(parents=True)
+        for i in range(2):
+            image = picture(c, i)
+            image = Image.fromarray(np.asarray(image).astype(np.uint16)*257) if mode == 'I;16' else image.convert(mode)
+            image.save(folder / f'{c}' / f'{i}.{suffix}')
+    d = image_folder(folder, size=20)['train']
+    assert d.images.shape[1:] == (1 if d.images.shape[1] == 1 else 3, 20, 20)
+    c = int(d.names[0])
+    shown = d.of_class(0)[0].float().mean(0)
+    assert shown[c].mean() < 40 and shown[c + 5].mean() > 180 # the bar is dark, the ground is light
+
+
+def test_one_coloured_image_makes_all_of_them_colour(tmp_path, own_cache):
+    folder = write(tmp_path / 'set', range(5), 2)
+    assert image_folder(folder)['train'].images.shape[1:] == (1, 28, 28)
+    Image.new('RGB', (9, 31), (255, 0, 0)).save(folder / 'class00' / 'red.png')
+    splits = image_folder(folder)
+    assert splits['train'].images.shape[1:] == (3, 84, 84)
+    assert sum(int(d.count.sum()) for d in splits.values()) == 11 # ragged, and of another shape
+
+
+def test_files_that_cannot_be_read_are_named_also_the_second_time(tmp_path, own_cache):
+    folder = write(tmp_path / 'set', range(6), 3)
+    (folder / 'class01' / 'bad.png').write_bytes(b'not a picture')
+    (folder / 'class02' / 'half.png').write_bytes((folder / 'class02' / '0.png').read_bytes()[:60])
+    (folder / 'notes.txt').write_text('nothing')
+    for _ in range(2):
+        splits = image_folder(folder)
+        assert sum(int(d.count.sum()) for d in splits.values()) == 18
+        said = '\n'.join(splits['train'].refused)
+        assert 'bad.png' in said and 'half.png' in said
+
+
+def test_classes_that_are_too_small_are_named_and_too_few_refused(tmp_path, own_cache):
+    folder = write(tmp_path / 'set', range(20), 4)
+    write(tmp_path / 'set', [20], 2)
+    config, said = Config(data=str(folder), n_way=3, n_target=3, test_targets=3), []
+    splits = load_splits(config, said.append)
+    assert sum(map(len, splits.values())) == 20 and any('class20 (2)' in line for line in said)
+    with pytest.raises(ValueError, match='5-way tasks need at least 5 classes'): load_splits(Config(data=str(folder), n_way=5, n_target=3, test_targets=3), said.append)
+    with pytest.raises(ValueError, match='0 in train'): load_splits(Config(data=str(folder), n_way=3, n_target=9, test_targets=9), said.append)
+
+
+def empty(folder): folder.mkdir(parents=True)
+def loose(folder): folder.mkdir(parents=True); picture(0, 0).save(folder / '0.png')
+def partly(folder): write(folder / 'train', range(5)); write(folder / 'other', range(2))
+def leaking(folder): [write(folder / s, classes) for s, classes in (('train', range(5)), ('val', range(5, 8)), ('test', range(4, 8)))]
+def broken(folder): [((folder / f'{c}').mkdir(parents=True), (folder / f'{c}' / '0.png').write_bytes(b'x')) for c in range(5)]
+def a_text(folder): folder.parent.mkdir(exist_ok=True, parents=True); folder.write_text('images')
+
+
+@pytest.mark.parametrize('make, named', [(empty, 'no images'), (loose, 'no images|for each class'), (partly, 'not all of train, val and test'), (leaking, 'more than one of train, val and test'), (broken, 'none|no image|cannot'), (a_text, 'neither a folder nor a zip')])
+def test_what_is_no_data_is_refused_and_leaves_no_cache(tmp_path, own_cache, make, named):
+    make(tmp_path / 'set')
+    with pytest.raises(ValueError, match=named): image_folder(tmp_path / 'set')
+    if make is not leaking: assert not [p for p in own_cache.rglob('*') if p.is_file() and p.suffix != '.lock'] # leaking classes are read before they are compared
+    assert not list(own_cache.rglob('*.part*'))
+    with pytest.raises(ValueError, match='folder of images'): load_data(str(tmp_path / 'nowhere'))
+
+
+small = dict(filters=8, n_tasks=2, epochs=1, iterations=3, multi_step_epochs=1, n_target=2, test_targets=2, validation_tasks=4, test_tasks=4)
+
+
+def test_from_a_folder_to_predictions_by_command(tmp_path, own_cache, capsys):
+    folder = write(tmp_path / 'signs', range(25), 4)
+    words = ['train', '--data', str(folder), '--out', str(tmp_path / 'run'), '--device', 'cpu', *(w for k, v in small.items() for w in (f'--{k}', str(v)))]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert '25 classes, 100 grey images' in said
+    config = json.loads((tmp_path / 'run' / 'config.json').read_text())['config']
+    assert config['shared_head'] and config['data'] == str(folder) and not config['rotate']
+    assert main(words) == 0 and 'going on after outer step 3 of 3' in capsys.readouterr().out # complete: nothing is trained again
+    assert main(['adapt', str(tmp_path / 'run'), str(folder), '--format', 'json']) in (0, None)
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 100 and set(rows[0]['probabilities']) == {p.name for p in folder.iterdir()}
+
+
+def test_a_preset_or_a_folder_is_asked_for(capsys):
+    assert main(['train']) == 2 and '--data with a folder of your own images' in ''.join(capsys.readouterr())
+    assert main(['train', '--data', '/nowhere/at/all']) == 2 and "no data set '/nowhere/at/all'" in ''.join(capsys.readouterr())
+
+
+@pytest.mark.parametrize('method', ['maml', 'mamlpp', 'meta-sgd'])
+def test_rows_of_a_shared_head_stay_one(tmp_path, method):
+    config = Config(data='glyphs', method=method, shared_head=True, n_way=4, **{**small, 'iterations': 4})
+    train_run(config, tmp_path / 'run', say=lambda text: None)
+    model = FewShotClassifier.from_pretrained(str(tmp_path / 'run'))
+    head, rates = read_pretrained(model.model).meta.start, read_pretrained(model.model).meta.step_sizes
+    for k in ('head.weight', 'head.bias'):
+        assert torch.equal(head[k], head[k][:1].expand_as(head[k]))
+        if method == 'meta-sgd': assert torch.equal(rates[k], rates[k].narrow(1, 0, 1).expand_as(rates[k]))
+    untrained = first_state(config, set_up(config, load_data('glyphs'))).model.start['head.weight']
+    assert not torch.equal(untrained, head['head.weight']) # it did learn
