@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mamlpp_nb.bench import Workload, outer_step, ways
+from mamlpp_nb.classifier import FewShotClassifier
 from mamlpp_nb.maml import evaluate, keep_freed_memory, maml_parameters
 from mamlpp_nb.network import Conv4, task_batched
 from mamlpp_nb.quickstart import pick_device
@@ -38,3 +39,9 @@ def test_preparing_an_episode(benchmark):
 def test_evaluating_twenty_tasks(benchmark):
     net = Conv4(5, filters=32)
     benchmark.pedantic(lambda: evaluate(task_batched(net), maml_parameters(net), EpisodeSampler(glyphs()['test']), 20), rounds=5, warmup_rounds=1)
+
+
+def test_a_classifier_from_five_images(benchmark):
+    e = EpisodeSampler(glyphs()['test'], 5, 1, 1)(0)
+    images, labels = e.support_x[0].numpy(), range(5)
+    benchmark(lambda: FewShotClassifier().fit(images, labels).predict_proba(e.target_x[0].numpy()))
