@@ -440,8 +440,12 @@ def image_size(
     "The size of Omniglot for grey images, of mini-ImageNet for colour"
     return 28 if channels == 1 else 84
 
-def _coloured(file:tuple)->bool: # by its header; a file that can't be opened says nothing here
-    try: return _opened(*file[1:], lambda image: image.mode not in ('1','L','LA','La') and not image.mode.startswith('I'))
+def _coloured(file:tuple)->bool: # a file that can't be opened says nothing here
+    def differ(image): # grey images are often kept in three channels, and compression may leave them a trace of colour
+        if image.mode in ('1','L','LA','La') or image.mode.startswith('I'): return False
+        channels = np.asarray(image.convert('RGB')).astype(np.int16)
+        return bool((channels.max(-1) - channels.min(-1)).max() > 8)
+    try: return _opened(*file[1:], differ)
     except ValueError: return False
 
 def _cut_shares(text:str, n:int)->list[int]: # '60/20/20' of n classes -> how many go to train, val and test
@@ -482,7 +486,7 @@ def image_folder(
         refused = []
         files = [(f'{s}/{name}', *rest) for s,sources in parts.items() for part in sources for name,*rest in _list_classes(part, refused)]
         if not files: raise ValueError(f'no images in {source}: expected a folder for each class, with images in it')
-        with ThreadPoolExecutor() as pool: colour = any(pool.map(_coloured, files))
+        with ThreadPoolExecutor() as pool: colour = any(any(pool.map(_coloured, files[i:i+256])) for i in range(0, len(files), 256)) # the first photographs settle it
         return read_images(files, size or image_size(3 if colour else 1), 'RGB' if colour else 'L', refused)
     whole = cached(f'images-{size or "auto"}', [source], make)
     of = {s: [i for i,name in enumerate(whole.names) if name.startswith(f'{s}/')] for s in parts}
