@@ -187,13 +187,12 @@ def fit(self:FewShotClassifier,
     start, look = {k: w[None] for k,w in meta.start.items()}, fast_statistics(model.net)
     if self.norm == 'running': statistics_among(model.net, at_step(meta, start, 0)) # refused before the work
     adapted = [start, *fast_inner_loop(model.net)(task_batched(model.net), meta, x, y, n_steps)]
-    def after(i, fast): # the weights after i steps, with the statistics that will normalise
-        weights = at_step(meta, fast, max(i-1, 0))
-        running = {k: w for k,w in weights.items() if '.running_' in k}
-        plain = {k: w for k,w in weights.items() if k not in running}
-        frozen = {'support': lambda: look(plain, x)[1], 'running': lambda: running, 'targets': dict}[self.norm]()
-        return {k: w[0].clone() for k,w in {**plain, **frozen}.items()}
-    self._keep(model, classes, int(n_steps), self.norm, [after(i, fast) for i,fast in enumerate(adapted)])
+    after = [at_step(meta, fast, max(i-1, 0)) for i,fast in enumerate(adapted)]
+    after = {k: torch.cat([w[k] for w in after]) for k in after[0]} # the states before and after each step, as if they were tasks
+    running = {k: w for k,w in after.items() if '.running_' in k}
+    plain = {k: w for k,w in after.items() if k not in running}
+    frozen = {'support': lambda: look(plain, x.expand(n_steps+1, *x.shape[1:]))[1], 'running': lambda: running, 'targets': dict}[self.norm]() # statistics that will normalise
+    self._keep(model, classes, int(n_steps), self.norm, [{k: w[i].clone() for k,w in {**plain, **frozen}.items()} for i in range(n_steps+1)])
     return self
 
 @patch
