@@ -69,6 +69,7 @@ def _walk(calculus, **settings): return lambda forward, meta, episodes, **argume
 
 def _fast(net): return fast_gradient(net, compiled=True)
 
+# %% ../nbs/a1_benchmark.ipynb #68f12e83
 class Way(NamedTuple):
     "How outer steps are computed"
     gradient:abc.Callable # network -> what `OuterSteps` takes as gradient

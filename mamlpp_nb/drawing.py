@@ -73,6 +73,7 @@ def _pad(canvas:Any, strokes:Strokes, changed:abc.Callable[[],None])->None: # a 
     canvas.on_mouse_down(begin); canvas.on_mouse_move(go_on); canvas.on_mouse_up(end); canvas.on_mouse_out(end)
     canvas.on_touch_start(lambda touches: begin(*touches[0])); canvas.on_touch_move(lambda touches: go_on(*touches[0])); canvas.on_touch_end(end); canvas.on_touch_cancel(end)
 
+# %% ../nbs/a6_drawing.ipynb #7916a826
 def drawing_pad(
     classifier:FewShotClassifier|None=None, # who answers; None: the packaged model
     names:abc.Sequence[str]=('A','B','C','D','E'), # of the classes

@@ -38,6 +38,7 @@ def rate_chart(
     values = np.array([[[e['step_sizes'][k] for k in names] for e in r['epochs'][:epochs]] for r in records])
     return RateChart(title, [r['seed'] for r in records], names, values, [best_epochs(r['epochs'][:epochs], 1)[0] for r in records])
 
+# %% ../nbs/13_learned_rates.ipynb #583e3299
 def draw_rates(
     chart:RateChart, # from `rate_chart`
     epoch:int|None=None, # from 0; None: of each seed its best
@@ -54,6 +55,7 @@ def draw_rates(
     ax.legend(frameon=False, fontsize=7, loc='center left', bbox_to_anchor=(1,.5))
     return ax
 
+# %% ../nbs/13_learned_rates.ipynb #6629244f
 def rates_slider(
     chart:RateChart, # from `rate_chart`
 )->'ipywidgets.Widget':
@@ -89,6 +91,7 @@ def _early_and_late(chart): # signed, (seeds, tensors, steps)
 
 def _by_step(chart): return _magnitude(chart, 'conv', 'head.weight').mean(1) # (seeds, steps)
 
+# %% ../nbs/13_learned_rates.ipynb #853632a8
 def _ordered_steps(chart):
     m = _by_step(chart)
     return np.minimum(m[:,[0,2]].min(1)/m[:,[1,3]].max(1), m[:,[1,3]].min(1)/m[:,4])
@@ -117,6 +120,7 @@ def _falling(chart): return np.array([np.corrcoef(np.arange(len(m)), m)[0,1] for
 
 def _head_bias(chart): return _magnitude(chart, 'head.bias').mean((1,2))/_magnitude(chart, 'conv0.weight').mean((1,2))
 
+# %% ../nbs/13_learned_rates.ipynb #59f7cb25
 def mirrored(
     chart:RateChart, # from `rate_chart`
 )->list[tuple[float,float]]: # for each pair of seeds: correlation with signs, and of magnitudes

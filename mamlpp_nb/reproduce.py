@@ -113,6 +113,7 @@ def _read_record(path:Path)->dict:
     try: return jsons.loads(path.read_text())
     except jsons.JSONDecodeError as e: raise ValueError(f'{path} is damaged ({e}); remove it, and `mamlpp reproduce` makes it again') from e
 
+# %% ../nbs/a5_reproduce.ipynb #3d84aac9
 def over_seeds(
     records:abc.Sequence[dict], # of the seeds of a row
     norm:str='targets', # how targets were normalised
@@ -183,6 +184,7 @@ def chosen_rows(
 def _at_once(seeds:list[int], device:str)->list[list[int]]: # on a CPU nothing is gained at once, and one after the other more is finished early
     return [[s] for s in seeds] if device == 'cpu' else [seeds]
 
+# %% ../nbs/a5_reproduce.ipynb #61bdd196
 class _Job(NamedTuple): # seeds of a row that go on together
     table:str
     row:str
@@ -208,6 +210,7 @@ class _Job(NamedTuple): # seeds of a row that go on together
         record = make_record(read_run(self.folder(config)), self.table, self.row, diverged)
         write_safely(path, lambda draft: draft.write_text(jsons.dumps(record) + '\n'))
 
+# %% ../nbs/a5_reproduce.ipynb #46219dd6
 def reproduce(
     table:str, # omniglot (20-way, then 5-way), stability (strided networks), extensions (of MAML++), mini-imagenet; for two CPU cores: omniglot-small, extensions-small, five-shot-small, mini-imagenet-small
     only:Param('rows, by name or by a pattern such as 20w1s-*; empty: all', str, nargs='+')='',

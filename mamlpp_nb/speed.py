@@ -92,6 +92,7 @@ def _portions(n_seeds, n_tasks, most): # (slice of seeds, first task, tasks of e
     if most >= n_tasks: return [(slice(s, min(s+most//n_tasks, n_seeds)), s*n_tasks, n_tasks) for s in range(0, n_seeds, most//n_tasks)]
     return [(slice(s, s+1), s*n_tasks+first, min(most, n_tasks-first)) for s in range(n_seeds) for first in range(0, n_tasks, most)]
 
+# %% ../nbs/09_speed.ipynb #2919817e
 @torch.no_grad()
 def adjoint_gradient(
     calculus:Calculus, # of the network
@@ -240,6 +241,7 @@ def _conv4_logits(*arguments):
     logits, _, _, norms = _conv4_forward(*arguments)
     return logits, norms
 
+# %% ../nbs/09_speed.ipynb #97396866
 def _conv4_gradient(w, gamma, beta, head, bias, c, cov, y, k, stride):
     "Loss, logits, derivatives by w, gamma, beta, head, bias; and what `_conv4_product` reads"
     logits, f, blocks, _ = _conv4_forward(w, gamma, beta, head, bias, c, cov, k, stride)
@@ -258,6 +260,7 @@ def _conv4_gradient(w, gamma, beta, head, bias, c, cov, y, k, stride):
         else: dw[0] = (gamma[0]*r)[:,None]*(_taps(dy, which, c, k) - (r*dgamma[0])[:,None]*(cov @ w[0]))
     return loss, logits, dw, dgamma, dbeta, dl.transpose(1,2) @ f, dl.sum(1), (blocks, dys, dzs, dw[0], dgamma, dbeta, f, p, dl)
 
+# %% ../nbs/09_speed.ipynb #43e6e2b4
 def _conv4_product(w, gamma, head, c, cov, kept, v, v_head, v_bias, k, stride):
     "Derivatives of what `_conv4_gradient` returns along v: forwards for the activations, backwards for the gradient"
     blocks, dys, dzs, dw0, dgamma, dbeta, f, p, dl = kept
@@ -423,6 +426,7 @@ def _conv4_predict(net, compiled): # (weights, images ready for the passes, stat
         return torch.cat([logits for logits,_ in parts]), {k: torch.cat([seen[k] for _,seen in parts]) for k in parts[0][1]}
     return predict
 
+# %% ../nbs/09_speed.ipynb #b21e45c5
 def fast_predicts(
     net:nn.Module, # any network; `Conv4` takes the fast road
     compiled:bool=False, # fuse the pass with `torch.compile`?

@@ -121,6 +121,7 @@ def build_network(
     net.register_forward_pre_hook(lambda net, inputs: ((inputs[0].to(next(net.parameters()).dtype) - mean)/std,))
     return net
 
+# %% ../nbs/08_training.ipynb #68e2cbdd
 def load_splits(
     config:Config, # the settings
     say:abc.Callable[[str],None]=print, # takes a line of the report on own images
@@ -142,6 +143,7 @@ def load_splits(
     say(', '.join(f'{s} {len(data)} classes' for s,data in splits.items()))
     return splits
 
+# %% ../nbs/08_training.ipynb #f8d742b3
 def _head_axes(meta:MetaParameters)->dict[str,int]: # by the names of `meta.learned()`: which axis of a tensor of the head is the classes'
     axes = {'head.weight': -2, 'head.bias': -1}
     per_weight = {k: a for k,a in axes.items() if meta.step_sizes[k].ndim == meta.start[k].ndim + 1}
@@ -156,6 +158,7 @@ def _share_head(meta:MetaParameters, gradient:abc.Callable)->abc.Callable: # mak
         return loss, accuracy, {k: g.sum(axes[k], keepdim=True).expand_as(g).contiguous() if k in axes else g for k,g in found.items()}
     return shared
 
+# %% ../nbs/08_training.ipynb #4427f30e
 @dataclasses.dataclass(frozen=True)
 class Setup:
     "What a configuration stands for"
@@ -471,6 +474,7 @@ def _clear_errors(where:str): # a full disk, above all
     try: yield
     except OSError as e: raise OSError(e.errno, f'could not write into {where} ({e.strerror}). What was kept before is whole: make room, and the same command goes on') from e
 
+# %% ../nbs/08_training.ipynb #7ad0c108
 class _Seed(NamedTuple): # one of the runs that go on together
     config:Config
     folder:Path
@@ -520,6 +524,7 @@ def train_run(
     "Train, or go on training: `train_runs` with one seed"
     return train_runs([config], [folder], splits, **settings)
 
+# %% ../nbs/08_training.ipynb #61447ad4
 def _begin(open_ones, config, folder, splits, world, say, tensorboard, together)->_Seed: # a run as its folder has it
     setup, writes = set_up(config, splits, world.device), world.rank == 0
     folder = open_ones.enter_context(open_run(folder, config, world.device, together)) if writes else Path(folder)
@@ -570,6 +575,7 @@ def _finish_epoch(config, folder, state, rows)->None: # in an order in which any
     keep_state(folder, state, config)
     _forget_others(folder, rows, config)
 
+# %% ../nbs/08_training.ipynb #1a3d2358
 def task_by_task(
     config:Config, # the settings
     setup:Setup, # what they stand for
@@ -609,6 +615,7 @@ def load_models(
 def _copy(meta:MetaParameters)->MetaParameters:
     return MetaParameters(*({k: t.detach().clone().requires_grad_(t.requires_grad) for k,t in table.items()} for table in meta))
 
+# %% ../nbs/08_training.ipynb #0cdef0c3
 def test_run(
     folder:str|Path, # of a run
     splits:dict[str,ClassImages]|None=None, # the data, if it is at hand; None: by its name
@@ -631,6 +638,7 @@ def test_run(
     return {'norms': summarise(results), 'models': names, 'split': split, 'n_tasks': n_tasks, 'n_steps': n_steps, 'n_permutations': n_permutations,
             'seconds': seconds, 'tasks_per_second': n_tasks/seconds, 'config': dataclasses.asdict(config), **provenance(world.device)}
 
+# %% ../nbs/08_training.ipynb #ac14054a
 exit_codes = {'complete': 0, 'out of time': 3, 'SIGINT': 130, 'SIGTERM': 143} # how training ended, for a shell; 1: it could not begin or go on, 2: asked for wrongly, 4: diverged
 
 def train_and_test(
