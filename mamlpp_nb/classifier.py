@@ -129,6 +129,7 @@ def as_module(
     shift = [Normalize(*imagenet_colours)] if c.normalise else []
     return nn.Sequential(*shift, net, nn.Softmax(1)).eval().requires_grad_(False)
 
+# %% ../nbs/10_your_images.ipynb #c3893205
 class NotFitted(ValueError, AttributeError):
     "A classifier was asked before it was fitted"
 
@@ -195,6 +196,7 @@ def fit(self:FewShotClassifier,
     self._keep(model, classes, int(n_steps), self.norm, [{k: w[i].clone() for k,w in {**plain, **frozen}.items()} for i in range(n_steps+1)])
     return self
 
+# %% ../nbs/10_your_images.ipynb #bebcffd1
 @patch
 def _keep(self:FewShotClassifier, model, classes, n_steps, norm, steps): # what `fit` and `load` leave
     self.model_, self.classes_, self.n_steps_, self.step_, self.norm_, self.steps_, self.modules_ = model, classes, n_steps, n_steps, norm, steps, {}
@@ -214,6 +216,7 @@ def adapted_at(self:FewShotClassifier,
 def _fitted(self:FewShotClassifier)->None:
     if not hasattr(self, 'steps_'): raise NotFitted('this classifier has not learned any classes yet: call fit first')
 
+# %% ../nbs/10_your_images.ipynb #28c9d1d7
 @patch
 def module(self:FewShotClassifier)->nn.Module: # images (n, channels, size, size) in [0, 1] -> probabilities (n, classes)
     "What predicts, for `torch.export` and other places without this package"
@@ -275,29 +278,30 @@ def load(cls:FewShotClassifier,
     return self
 
 # %% ../nbs/10_your_images.ipynb #185e5514
-def _readable(files, say): # (class, path) of those that can be opened
+def _readable(files, model, say): # class, path and pixels of those that can be read
     good = []
     for label,path,_ in files:
-        try: image_batch([path]); good.append((label, path))
+        try: good.append((label, path, image_batch([path], model.channels, model.size)[0]))
         except ValueError as e: say(f'left out: {e}')
     return good
 
-def _classes_of(folder, say): # of a folder of class folders: labels and paths
+def _classes_of(folder, model, say): # of a folder of class folders: labels, paths and pixels
     if not folder.is_dir(): raise ValueError(f'{folder} is not a folder')
-    good = _readable([f for f in list_images(folder) if Path(f[1]).parent != folder], say)
-    empty = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.','__')) and p.name not in {label for label,_ in good})
+    good = _readable([f for f in list_images(folder) if Path(f[1]).parent != folder], model, say)
+    empty = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(('.','__')) and p.name not in {label for label,*_ in good})
     if empty: raise ValueError(f"no image that can be read in {', '.join(str(folder/n) for n in empty)}; add some, or remove the folder")
     if not good: raise ValueError(f'no images in {folder}: expected one folder for each class, with images in it')
     return tuple(map(list, zip(*good)))
 
-def _left_out(classifier, labels, paths, most=10): # of images whose class has another: (path, class, probabilities) by a classifier that hasn't seen them; at most so many fits
+# %% ../nbs/10_your_images.ipynb #9a2c24c5
+def _left_out(classifier, labels, images, most=10): # of images whose class has another: (which, probabilities) by a classifier that hasn't seen them; at most so many fits
     counts, seen, turn = collections.Counter(labels), collections.Counter(), []
     rounds = min(most, max(counts.values()))
     for label in labels: turn.append(seen[label] % rounds if counts[label] > 1 else None); seen[label] += 1
     for r in range(rounds):
         out, kept = ([i for i,t in enumerate(turn) if (t == r) is gone] for gone in (True, False))
-        classifier.fit([paths[i] for i in kept], [labels[i] for i in kept])
-        yield from ((paths[i], labels[i], p) for i,p in zip(out, classifier.predict_proba([paths[i] for i in out])))
+        classifier.fit([images[i] for i in kept], [labels[i] for i in kept])
+        yield from zip(out, classifier.predict_proba([images[i] for i in out]))
 
 def _write_table(rows, classes, format, out):
     head = ['path', 'predicted', *classes]
@@ -308,6 +312,7 @@ def _write_table(rows, classes, format, out):
         widths = [max(map(len, column)) for column in zip(head, *lines)]
         for line in [head, *lines]: out.write('  '.join(cell.ljust(w) for cell,w in zip(line, widths)).rstrip() + '\n')
 
+# %% ../nbs/10_your_images.ipynb #e90a3a66
 def adapt_folder(
     model:str, # 'omniglot', or the path of a model or fitted classifier
     support:str, # folder with a folder of images for each class
@@ -321,21 +326,21 @@ def adapt_folder(
     if steps < 0: raise ValueError(f'steps must be at least 0, got {steps}')
     say = lambda text: print(text, file=sys.stderr)
     classifier = FewShotClassifier.from_pretrained(model, n_steps=steps or None, norm=norm)
-    labels, paths = _classes_of(Path(support), say)
-    classifier.fit(paths, labels)
+    known = read_pretrained(model)
+    labels, paths, images = _classes_of(Path(support), known, say)
+    classifier.fit(images, labels)
     classes = classifier.classes_.tolist()
     if save: classifier.save(save)
     if predict:
         if not Path(predict).is_dir(): raise ValueError(f'{predict} is not a folder')
-        unknown = [path for _,path in _readable(list_images(Path(predict)), say)]
+        unknown = _readable(list_images(Path(predict)), known, say)
         if not unknown: raise ValueError(f'no images that can be read in {predict}')
-        proba = classifier.predict_proba(unknown)
-        rows = [(path, classes[p.argmax()], p) for path,p in zip(unknown, proba)]
+        rows = [(path, classes[p.argmax()], p) for (_,path,_),p in zip(unknown, classifier.predict_proba([image for *_,image in unknown]))]
     else:
-        tested = sorted(_left_out(classifier, labels, paths), key=lambda t: t[0]) if len(labels) > len(classes) else []
+        tested = sorted(_left_out(classifier, labels, images), key=lambda t: paths[t[0]]) if len(labels) > len(classes) else []
         if not tested: raise ValueError('one image of each class leaves none to name; give a folder with --predict')
-        rows = [(path, classes[p.argmax()], p) for path,_,p in tested]
-        say(f'{sum(said == label for (_,said,_),(_,label,_) in zip(rows, tested))} of {len(rows)} images right, each named by a classifier that had not seen it')
+        rows = [(paths[i], classes[p.argmax()], p) for i,p in tested]
+        say(f'{sum(said == labels[i] for (_,said,_),(i,_) in zip(rows, tested))} of {len(rows)} images right, each named by a classifier that had not seen it')
     _write_table(rows, classes, format, sys.stdout)
 
 # %% ../nbs/10_your_images.ipynb #5100d6ff
