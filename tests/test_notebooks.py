@@ -50,7 +50,7 @@ def test_every_record_says_where_it_comes_from():
     assert {'quickstart-omniglot-maml', 'quickstart-omniglot-mamlpp', 'bench-cpu', 'chapters'} <= set(kept)
     for name, record in kept.items():
         for r in record.values() if name == 'chapters' else record.get('starts', [record]):
-            assert re.fullmatch(r'[0-9a-f]{12}', r['commit']) or name == 'beyond', f'{name}: made from uncommitted code' # no '+'; chapter 14 says so of its own
+            assert re.fullmatch(r'[0-9a-f]{12}', r['commit']), f'{name}: made from uncommitted code' # no '+'
             assert r['device'] and r['versions']['torch']
     assert set(kept['chapters']) == {p.stem for p in chapters}
 
