@@ -49,7 +49,8 @@ tables = {'omniglot': _rows('omniglot-20w1s', _one_shot) | _rows('omniglot-20w5s
           'omniglot-small': _rows('omniglot-5w1s', _rest, **_small),
           'extensions-small': _extensions('omniglot-5w1s', .99, **_small) | _rows('omniglot-5w1s', {'mamlpp': ()}, '-shared-head-targets-5', shared_head=True, n_target=5, **_small),
           'five-shot-small': _rows('omniglot-5w5s', {'mamlpp': ()}, **_small),
-          'mini-imagenet-small': _rows('mini-imagenet-5w1s', {'mamlpp': (), 'maml': ()}, **_small_mini) | _rows('mini-imagenet-5w1s', {'mamlpp': (), 'maml': ()}, '-rate-0.1', inner_lr=.1, **_small_mini)}
+          'mini-imagenet-small': _rows('mini-imagenet-5w1s', {'mamlpp': (), 'maml': ()}, **_small_mini) | _rows('mini-imagenet-5w1s', {'mamlpp': (), 'maml': ()}, '-rate-0.1', inner_lr=.1, **_small_mini)
+                                 | _rows('mini-imagenet-5w5s', {'mamlpp': (), 'maml': ()}, **_small_mini)}
 for n,published in ((4, (51.65,.34)), (3, (51.11,.11)), (2, (51.49,.25)), (1, (51.05,.31))): # inner steps
     tables['mini-imagenet'] |= _rows('mini-imagenet-5w1s', {'mamlpp': published}, f'-{n}-step{"s" if n > 1 else ""}', n_steps=n)
 for shot in (1,5): # what the public code really did, because it never reads its setting of the inner learning rate
