@@ -6,10 +6,9 @@
 __all__ = ['RateChart', 'rate_chart', 'draw_rates', 'rates_slider', 'rates_player', 'mirrored', 'observations', 'with_rates']
 
 # %% ../nbs/13_learned_rates.ipynb #00000003
-import collections.abc as abc
+import collections.abc as abc, html, json
 from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np, torch
-from matplotlib.animation import FuncAnimation
 from torch import Tensor
 from .maml import MetaParameters
 from .step_sizes import plot_step_sizes
@@ -39,6 +38,11 @@ def rate_chart(
     return RateChart(title, [r['seed'] for r in records], names, values, [best_epochs(r['epochs'][:epochs], 1)[0] for r in records])
 
 # %% ../nbs/13_learned_rates.ipynb #583e3299
+def _range(chart): # of all epochs, so that a slider doesn't move the axis
+    low, high = float(chart.values.min()), float(chart.values.max())
+    margin = .05*(high-low) or .1
+    return low - margin, high + margin
+
 def draw_rates(
     chart:RateChart, # from `rate_chart`
     epoch:int|None=None, # from 0; None: of each seed its best
@@ -49,8 +53,7 @@ def draw_rates(
     for s,(seed,best) in enumerate(zip(chart.seeds, chart.best)):
         e = best if epoch is None else epoch
         plot_step_sizes(dict(zip(chart.names, chart.values[s,e])), ax, color=f'C{s}', label=f'seed {seed}, epoch {e+1}')
-    low, high = chart.values.min(), chart.values.max() # of all epochs, so that a slider doesn't move the axis
-    ax.set_ylim(low - .05*(high-low), high + .05*(high-low))
+    ax.set_ylim(*_range(chart))
     ax.set_title(chart.title, y=1.08, fontsize=9)
     ax.legend(frameon=False, fontsize=7, loc='center left', bbox_to_anchor=(1,.5))
     return ax
@@ -65,19 +68,73 @@ def rates_slider(
     def show(epoch): draw_rates(chart, None if epoch < 0 else epoch); plt.show()
     return ipywidgets.interactive(show, epoch=slider)
 
+# %% ../nbs/13_learned_rates.ipynb #5d0a7e12
+_drawing = r"""
+for (const box of document.querySelectorAll('.rates-player:not([data-ready])')) {
+  box.dataset.ready = 'yes'
+  const charts = JSON.parse(box.dataset.charts), [choice, slider, said, button, svg] = ['select','input','output','button','svg'].map(t => box.querySelector(t))
+  const colors = ['#1f77b4','#ff7f0e','#2ca02c','#d62728','#9467bd','#8c564b','#e377c2','#7f7f7f','#bcbd22','#17becf'], left = 60, right = 850, top = 40, bottom = 230
+  const add = (tag, attributes, text) => {
+    const element = svg.appendChild(document.createElementNS('http://www.w3.org/2000/svg', tag))
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value)
+    if (text) element.textContent = text
+    return element
+  }
+  const label = (x, y, text, more) => add('text', {x, y, 'text-anchor': 'middle', fill: 'currentColor', ...more}, text)
+  const line = (x1, y1, x2, y2, opacity) => add('line', {x1, y1, x2, y2, stroke: 'currentColor', 'stroke-opacity': opacity})
+  function frame(chart, y) { // axes, the same for all epochs
+    const n = chart.names.length, steps = chart.frames[0].rates[0][0].length, x = i => left + (i + .5)*(right - left)/(n*steps)
+    const size = 10**Math.floor(Math.log10((chart.high - chart.low)/3)), tick = size*[5, 2, 1].find(f => size*f <= (chart.high - chart.low)/3)
+    for (let k = Math.ceil(chart.low/tick); k*tick <= chart.high; k++) { label(left - 6, y(k*tick) + 4, (k*tick).toFixed(Math.max(0, -Math.floor(Math.log10(tick)))), {'text-anchor': 'end'}); line(left - 4, y(k*tick), left, y(k*tick), 1) }
+    for (let s = 0; s < steps; s++) { label((x(s*n) + x((s+1)*n - 1))/2, top - 6, 'step ' + (s + 1)); if (s) line(x(s*n - .5), top, x(s*n - .5), bottom, .2) }
+    for (let i = 0; i < n*steps; i++) label(0, 0, chart.names[i % n], {'text-anchor': 'end', 'font-size': 9, transform: `translate(${x(i) + 3},${bottom + 7}) rotate(-90)`})
+    line(left, top, left, bottom, 1); line(left, bottom, right, bottom, 1); if (chart.low < 0 && chart.high > 0) line(left, y(0), right, y(0), .5)
+    label(0, 0, 'inner step size α', {transform: `translate(14,${(top + bottom)/2}) rotate(-90)`}); label((left + right)/2, 300, 'layer tensor'); label((left + right)/2, 14, chart.title)
+    return x
+  }
+  function draw() {
+    const chart = charts[choice.value], now = chart.frames[slider.value], y = v => bottom - (v - chart.low)/(chart.high - chart.low)*(bottom - top)
+    svg.replaceChildren(); svg.setAttribute('aria-label', `${chart.title}: learned step sizes, epoch ${now.name}`); said.textContent = now.name
+    const x = frame(chart, y), n = chart.names.length
+    now.rates.forEach((tensors, seed) => {
+      const stroke = colors[seed % colors.length], name = `seed ${chart.seeds[seed]}, epoch ${now.epochs[seed]}`
+      tensors[0].forEach((_, s) => add('polyline', {fill: 'none', stroke, points: tensors.map((rates, t) => x(s*n + t) + ',' + y(rates[s])).join(' ')}))
+      tensors.forEach((rates, t) => rates.forEach((rate, s) => add('circle', {cx: x(s*n + t), cy: y(rate), r: 3, fill: stroke}).appendChild(document.createElementNS(svg.namespaceURI, 'title')).textContent = `${name}, step ${s + 1}, ${chart.names[t]}: ${rate}`))
+      label(left + (right - left)*(seed + .5)/now.rates.length, 320, name, {fill: stroke})
+    })
+  }
+  let timer = 0
+  const stop = () => { clearInterval(timer); timer = 0; button.textContent = 'play' }
+  choice.onchange = () => { stop(); slider.max = charts[choice.value].frames.length - 1; slider.value = 0; draw() }
+  slider.oninput = () => { stop(); draw() }
+  button.onclick = () => { if (timer) return stop()
+    if (slider.value === slider.max) slider.value = 0
+    button.textContent = 'stop'; draw()
+    timer = setInterval(() => { slider.stepUp(); draw(); if (slider.value === slider.max) stop() }, 500) }
+  charts.forEach((chart, i) => choice.add(new Option(chart.title, i)))
+  choice.onchange()
+}"""
+
+# %% ../nbs/13_learned_rates.ipynb #5d0a7e13
+def _frames(chart:RateChart, most:int)->dict: # what the browser draws; rates to four digits
+    epochs = np.unique(np.linspace(0, chart.values.shape[1]-1, min(most-1, chart.values.shape[1])).round().astype(int)).tolist()
+    def frame(name, epochs, rates): return {'name': name, 'epochs': [e+1 for e in epochs], 'rates': [[[float(f'{r:.4g}') for r in steps] for steps in tensors] for tensors in rates]}
+    low, high = _range(chart)
+    return {'title': chart.title, 'seeds': chart.seeds, 'names': [k.replace('.weight','') for k in chart.names], 'low': low, 'high': high,
+            'frames': [frame('best', chart.best, chart.at_best()), *(frame(str(e+1), [e]*len(chart.seeds), chart.values[:,e]) for e in epochs)]}
+
 def rates_player(
-    chart:RateChart, # from `rate_chart`
-    most:int=9, # frames; of longer runs not every epoch is shown
-    dpi:int=72, # resolution of a frame
-)->str: # HTML with its own JavaScript, which needs no kernel
-    "The chart as a player: first each seed's best epoch, then the epochs in order"
-    epochs = np.unique(np.linspace(0, chart.values.shape[1]-1, min(most-1, chart.values.shape[1])).round().astype(int))
-    fig, ax = plt.subplots(figsize=(8.6,3), dpi=dpi, layout='constrained')
-    def frame(epoch): ax.clear(); draw_rates(chart, None if epoch < 0 else int(epoch), ax)
-    with plt.rc_context({'animation.frame_format': 'jpeg'}): # half the size of PNG
-        html = FuncAnimation(fig, frame, frames=[-1, *epochs], init_func=lambda: None).to_jshtml(fps=2, embed_frames=True, default_mode='once')
-    plt.close(fig)
-    return html
+    *charts:RateChart, # from `rate_chart`; the page offers a choice of them
+    most:int=31, # frames of a chart; of longer runs not every epoch is shown
+)->str: # HTML with its own JavaScript, which needs neither a kernel nor a network
+    "The charts as a player: of each first the best epoch of every seed, then the epochs in order"
+    if not charts: raise ValueError('at least one chart is needed')
+    data = html.escape(json.dumps([_frames(c, most) for c in charts], separators=(',',':')))
+    keys = 'data-lm-suppress-shortcuts="true"' # or JupyterLab takes letters and arrows for its commands
+    return f'''<div class="rates-player" data-charts="{data}">
+<p><label>chart <select {keys}></select></label> <label>epoch <input type="range" min="0" value="0" {keys}></label> <output>best</output> <button type="button" {keys}>play</button></p>
+<svg viewBox="0 0 860 330" role="img" font-family="sans-serif" font-size="11" style="width:100%;max-width:860px"></svg>
+<script>{_drawing}</script></div>'''
 
 # %% ../nbs/13_learned_rates.ipynb #0000000e
 def _magnitude(chart, *parts)->np.ndarray: # (seeds, tensors whose names begin so, steps)

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 
 root = Path(__file__).parent.parent
@@ -110,18 +111,58 @@ rates_slider(rate_chart(read_records({tables!r}, 'omniglot-small')['5w1s-mamlpp'
     wait(chromium, lambda d: picture(d) not in (None, first))
 
 
+def committed(): return [rate_chart(read_records(root / 'nbs/results/tables', table)[row], title) for table, row, title in (('omniglot-small', '5w1s-mamlpp', 'Omniglot'), ('mini-imagenet-small', '5w1s-mamlpp', 'mini-ImageNet'))]
+
+
+def dots(driver):
+    "The dots drawn: height in the picture, and what pointing at one says: its name and its rate."
+    found = driver.execute_script("return [...document.querySelectorAll('.rates-player circle')].map(c => [+c.getAttribute('cy'), ...c.textContent.split(': ')])")
+    return [(y, name, float(rate)) for y, name, rate in found]
+
+
+def expected(chart, epochs):
+    names = [k.replace('.weight', '') for k in chart.names]
+    return {f'seed {seed}, epoch {e + 1}, step {k + 1}, {name}': chart.values[s, e, i, k] for s, (seed, e) in enumerate(zip(chart.seeds, epochs)) for i, name in enumerate(names) for k in range(chart.values.shape[3])}
+
+
+def use(driver, charts):
+    "Every chart of the player on the page, epoch by epoch; then it plays."
+    wait(driver, dots)
+    choice, slider, said, button = (driver.find_element(By.CSS_SELECTOR, f'.rates-player {tag}') for tag in ('select', 'input', 'output', 'button'))
+    for chart in charts:
+        choice.send_keys(chart.title)
+        epochs = range(chart.values.shape[1])
+        for name, of_seeds in [('best', chart.best), *((str(e + 1), [e] * len(chart.seeds)) for e in epochs)]:
+            if name != 'best': slider.send_keys(Keys.ARROW_RIGHT)
+            drawn = dots(driver)
+            assert said.text == name and {k: rate for _, k, rate in drawn} == pytest.approx(expected(chart, of_seeds), rel=1e-3, abs=1e-9)
+            heights, rates = np.array([(y, rate) for y, _, rate in drawn]).T
+            assert heights.min() > 40 and heights.max() < 230 and np.corrcoef(heights, rates)[0, 1] == pytest.approx(-1) # inside the axes, the higher rate higher
+    button.click() # at the last epoch: from the start again
+    wait(driver, lambda d: said.text not in ('best', name))
+    wait(driver, lambda d: said.text == name and button.text == 'play')
+
+
 def test_the_player_of_learned_rates_without_a_kernel(chromium, tmp_path):
-    chart = rate_chart(read_records(root / 'nbs/results/tables', 'omniglot-small')['5w1s-mamlpp'], 'rates')
-    (tmp_path / 'player.html').write_text(f'<!doctype html><meta charset="utf-8">{rates_player(chart, 4)}')
+    (tmp_path / 'player.html').write_text(f'<!doctype html><meta charset="utf-8">{rates_player(*committed())}')
     chromium.get((tmp_path / 'player.html').as_uri())
-    slider, image = (wait(chromium, lambda d: d.find_element(By.CSS_SELECTOR, css)) for css in ('input[type=range]', '.anim_img, img'))
-    chromium.find_element(By.CSS_SELECTOR, 'button[title="First frame"]').click()
-    seen = [image.get_attribute('src')]
-    for _ in range(int(slider.get_attribute('max'))): slider.send_keys(Keys.ARROW_RIGHT); seen.append(image.get_attribute('src'))
-    assert len(set(seen)) == len(seen) > 2
+    use(chromium, committed())
 
 
-def test_the_player_on_the_committed_page_is_whole():
+def test_the_player_of_learned_rates_in_a_notebook(chromium, lab):
+    run_cell(chromium, lab, f"""from IPython.display import HTML
+from mamlpp_nb.rates import rate_chart, rates_player
+from mamlpp_nb.reproduce import read_records
+HTML(rates_player(rate_chart(read_records({str(root / 'nbs/results/tables')!r}, 'omniglot-small')['5w1s-mamlpp'], 'Omniglot')))""")
+    wait(chromium, lambda d: '1' in d.find_element(By.CSS_SELECTOR, '.jp-CodeCell .jp-InputPrompt').text) # it has run; nothing is drawn anew
+    use(chromium, committed()[:1])
+
+
+def test_the_player_on_the_committed_page_draws(chromium, tmp_path):
     page = json.loads((root / 'nbs/13_learned_rates.ipynb').read_text())
-    html = [''.join(o['data']['text/html']) for c in page['cells'] if c['cell_type'] == 'code' for o in c['outputs'] if 'text/html' in o.get('data', {})]
-    assert any('type="range"' in h and h.count('data:image/') > 2 for h in html)
+    player, = (text for c in page['cells'] if c['cell_type'] == 'code' for o in c['outputs'] if 'rates-player' in (text := ''.join(o.get('data', {}).get('text/html', ''))))
+    (tmp_path / 'page.html').write_text(f'<!doctype html><meta charset="utf-8">{player}')
+    chromium.get((tmp_path / 'page.html').as_uri())
+    for title in chromium.execute_script("return [...document.querySelectorAll('option')].map(o => o.textContent)"):
+        chromium.find_element(By.TAG_NAME, 'select').send_keys(title)
+        assert 'reduced' in title and title in chromium.find_element(By.TAG_NAME, 'svg').text and len(dots(chromium)) == 90

@@ -1,6 +1,7 @@
-"The charts of learned rates: their data, where the slider starts, the player in a browser; the statistics; changed rates."
-import shutil
-import subprocess
+"The charts of learned rates: their data, where the slider starts, what the player carries; the statistics; changed rates."
+import html
+import json
+import re
 
 import matplotlib
 import numpy as np
@@ -60,19 +61,23 @@ def test_the_slider_starts_at_the_best_epoch_of_each_seed():
     assert slider.value == -1 and [v for _, v in slider.options] == [-1, 0, 1, 2]
 
 
-def test_the_player_moves_in_a_browser(tmp_path):
-    "Chromium without a window: the slider is set to the last frame, and another picture is there."
-    browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if not browser: pytest.skip('no Chromium on this machine')
-    move = """<script>window.addEventListener('load', () => setTimeout(() => {
-        const slider = document.querySelector('input[type=range]'), image = document.querySelector('.animation img'), before = image.src;
-        slider.value = slider.max; slider.dispatchEvent(new Event('input')); slider.oninput && slider.oninput();
-        setTimeout(() => { document.title = `frames ${slider.max} ${before.length > 1000} ${before !== image.src}` }, 500) }, 500))</script>"""
-    page = tmp_path / 'player.html'
-    page.write_text(f'<html><head><title>not moved</title></head><body>{rates_player(chart())}{move}</body></html>')
-    dom = subprocess.run([browser, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/profile', '--virtual-time-budget=5000', '--dump-dom', page.as_uri()],
-                         capture_output=True, text=True, timeout=120).stdout
-    assert '<title>frames 3 true true</title>' in dom, dom[:300] # the best epochs, then three
+def carried(player): return json.loads(html.unescape(re.search('data-charts="([^"]*)"', player)[1]))
+
+
+def test_the_player_carries_what_the_chart_holds():
+    first, = carried(rates_player(chart()))
+    assert (first['title'], first['seeds'], first['names']) == ('made', [0, 2], ['conv0', 'conv1', 'conv2', 'conv3', 'head', 'head.bias'])
+    assert [f['name'] for f in first['frames']] == ['best', '1', '2', '3'] and [f['epochs'] for f in first['frames']] == [[2, 1], [1, 1], [2, 2], [3, 3]]
+    assert np.allclose(first['frames'][0]['rates'], chart().at_best()) and np.allclose([f['rates'] for f in first['frames'][1:]], chart().values.swapaxes(0, 1))
+    assert first['low'] < chart().values.min() and first['high'] > chart().values.max()
+
+
+def test_a_long_run_is_thinned_a_flat_one_has_an_axis_and_a_title_is_only_text():
+    long = chart()._replace(title='</script>"<b>&', values=np.full((2, 100, 6, 5), .1))
+    first, second = carried(rates_player(long, chart(), most=4))
+    assert [f['name'] for f in first['frames']] == ['best', '1', '51', '100'] and first['low'] < .1 < first['high']
+    assert first['title'] == long.title and '</script>"' not in rates_player(long) and second['title'] == 'made'
+    with pytest.raises(ValueError, match='at least one'): rates_player()
 
 
 def made(*tables): return RateChart('made', list(range(len(tables))), names, np.stack(tables)[:, None], [0] * len(tables))
