@@ -60,13 +60,17 @@ def draw_rates(
 
 # %% ../nbs/13_learned_rates.ipynb #6629244f
 def rates_slider(
-    chart:RateChart, # from `rate_chart`
+    *charts:RateChart, # from `rate_chart`; a choice of them is offered
 )->'ipywidgets.Widget':
-    "The chart with a slider over epochs that starts at each seed's best"
+    "The charts with a slider over epochs that starts at each seed's best"
     import ipywidgets # only notebooks have it
-    slider = ipywidgets.SelectionSlider(options=[('best', -1), *((str(e+1), e) for e in range(chart.values.shape[1]))], value=-1, description='epoch', continuous_update=False)
-    def show(epoch): draw_rates(chart, None if epoch < 0 else epoch); plt.show()
-    return ipywidgets.interactive(show, epoch=slider)
+    if not charts: raise ValueError('at least one chart is needed')
+    def epochs(chart): return [('best', -1), *((str(e+1), e) for e in range(chart.values.shape[1]))]
+    choice = ipywidgets.Dropdown(options=[(c.title, i) for i,c in enumerate(charts)], description='chart')
+    slider = ipywidgets.SelectionSlider(options=epochs(charts[0]), value=-1, description='epoch', continuous_update=False)
+    choice.observe(lambda change: setattr(slider, 'options', epochs(charts[change['new']])), 'value') # which puts it back at the best
+    def show(chart, epoch): draw_rates(charts[chart], None if epoch < 0 else epoch); plt.show()
+    return ipywidgets.interactive(show, chart=choice, epoch=slider)
 
 # %% ../nbs/13_learned_rates.ipynb #5d0a7e12
 _drawing = r"""

@@ -57,8 +57,13 @@ def test_the_slider_starts_at_the_best_epoch_of_each_seed():
     assert [t.get_text() for t in drawn.get_legend().get_texts()] == ['seed 0, epoch 2', 'seed 2, epoch 1']
     first = [line.get_ydata() for line in drawn.lines if len(line.get_ydata()) > 5]
     assert np.allclose(first[0][~np.isnan(first[0])], chart().values[0, 1].T.ravel()) and np.allclose(first[1][~np.isnan(first[1])], chart().values[1, 0].T.ravel())
-    slider = rates_slider(chart()).children[0]
+    shorter = chart()._replace(title='two epochs', values=chart().values[:, :2])
+    choice, slider, _ = rates_slider(chart(), shorter).children
     assert slider.value == -1 and [v for _, v in slider.options] == [-1, 0, 1, 2]
+    slider.value = 2
+    choice.value = 1 # the other chart has no third epoch
+    assert slider.value == -1 and [v for _, v in slider.options] == [-1, 0, 1]
+    with pytest.raises(ValueError, match='at least one'): rates_slider()
 
 
 def carried(player): return json.loads(html.unescape(re.search('data-charts="([^"]*)"', player)[1]))
