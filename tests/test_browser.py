@@ -21,7 +21,7 @@ webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not in
 from selenium.common.exceptions import ElementNotInteractableException, StaleElementReferenceException  # noqa: E402
 from selenium.webdriver import ActionChains, Keys  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 from mamlpp_nb.drawing import recorded  # noqa: E402
 from mamlpp_nb.rates import rate_chart, rates_player  # noqa: E402
@@ -154,7 +154,7 @@ def test_the_player_of_learned_rates_in_a_notebook(chromium, lab):
 from mamlpp_nb.rates import rate_chart, rates_player
 from mamlpp_nb.reproduce import read_records
 HTML(rates_player(rate_chart(read_records({str(root / 'nbs/results/tables')!r}, 'omniglot-small')['5w1s-mamlpp'], 'Omniglot')))""")
-    wait(chromium, lambda d: '1' in d.find_element(By.CSS_SELECTOR, '.jp-CodeCell .jp-InputPrompt').text) # it has run; nothing is drawn anew
+    wait(chromium, lambda d: re.search(r'\d', d.find_element(By.CSS_SELECTOR, '.jp-CodeCell .jp-InputPrompt').text)) # it has run; nothing is drawn anew
     use(chromium, committed()[:1])
 
 
@@ -164,5 +164,5 @@ def test_the_player_on_the_committed_page_draws(chromium, tmp_path):
     (tmp_path / 'page.html').write_text(f'<!doctype html><meta charset="utf-8">{player}')
     chromium.get((tmp_path / 'page.html').as_uri())
     for title in chromium.execute_script("return [...document.querySelectorAll('option')].map(o => o.textContent)"):
-        chromium.find_element(By.TAG_NAME, 'select').send_keys(title)
+        Select(chromium.find_element(By.TAG_NAME, 'select')).select_by_visible_text(title)
         assert 'reduced' in title and title in chromium.find_element(By.TAG_NAME, 'svg').text and len(dots(chromium)) == 90
