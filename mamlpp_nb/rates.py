@@ -68,61 +68,102 @@ def rates_slider(
     def epochs(chart): return [('best', -1), *((str(e+1), e) for e in range(chart.values.shape[1]))]
     choice = ipywidgets.Dropdown(options=[(c.title, i) for i,c in enumerate(charts)], description='chart')
     slider = ipywidgets.SelectionSlider(options=epochs(charts[0]), value=-1, description='epoch', continuous_update=False)
-    choice.observe(lambda change: setattr(slider, 'options', epochs(charts[change['new']])), 'value') # which puts it back at the best
+    def follow(change): slider.options = epochs(charts[change['new']]) # which puts it back at the best
+    choice.observe(follow, 'value')
     def show(chart, epoch): draw_rates(charts[chart], None if epoch < 0 else epoch); plt.show()
     return ipywidgets.interactive(show, chart=choice, epoch=slider)
 
 # %% ../nbs/13_learned_rates.ipynb #5d0a7e12
-_drawing = r"""
-for (const box of document.querySelectorAll('.rates-player:not([data-ready])')) {
-  box.dataset.ready = 'yes'
-  const charts = JSON.parse(box.dataset.charts), [choice, slider, said, button, svg] = ['select','input','output','button','svg'].map(t => box.querySelector(t))
-  const colors = ['#1f77b4','#ff7f0e','#2ca02c','#d62728','#9467bd','#8c564b','#e377c2','#7f7f7f','#bcbd22','#17becf'], left = 60, right = 850, top = 40, bottom = 230
-  const add = (tag, attributes, text) => {
-    const element = svg.appendChild(document.createElementNS('http://www.w3.org/2000/svg', tag))
-    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value)
-    if (text) element.textContent = text
-    return element
+_axes = r"""
+const left = 60, right = 850, top = 40, bottom = 230 // of the axes, in units of the picture
+function add(svg, tag, attributes, text) {
+  const element = svg.appendChild(document.createElementNS('http://www.w3.org/2000/svg', tag))
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value)
+  if (text) element.textContent = text
+  return element
+}
+function scales(chart) {
+  const slots = chart.names.length*chart.frames[0].rates[0][0].length // tensors times steps
+  return [i => left + (i + .5)*(right - left)/slots, rate => bottom - (rate - chart.low)/(chart.high - chart.low)*(bottom - top)]
+}
+function ticks(low, high) { // three or more, at multiples of 1, 2 or 5
+  const third = (high - low)/3, power = 10**Math.floor(Math.log10(third)), gap = power*[5, 2, 1].find(f => f*power <= third)
+  const first = Math.ceil(low/gap), digits = Math.max(0, -Math.floor(Math.log10(gap)))
+  return Array.from({length: Math.floor(high/gap) - first + 1}, (_, k) => [(first + k)*gap, ((first + k)*gap).toFixed(digits)])
+}
+function axes(svg, chart) {
+  const [x, y] = scales(chart), n = chart.names.length, steps = chart.frames[0].rates[0][0].length
+  const text = (x, y, words, more) => add(svg, 'text', {'text-anchor': 'middle', fill: 'currentColor', transform: `translate(${x},${y})`, ...more}, words)
+  const upright = (x, y, words, more) => text(x, y, words, {transform: `translate(${x},${y}) rotate(-90)`, ...more})
+  const line = (x1, y1, x2, y2, opacity) => add(svg, 'line', {x1, y1, x2, y2, stroke: 'currentColor', 'stroke-opacity': opacity})
+  line(left, top, left, bottom, 1)
+  line(left, bottom, right, bottom, 1)
+  if (chart.low < 0 && chart.high > 0) line(left, y(0), right, y(0), .5)
+  for (const [rate, words] of ticks(chart.low, chart.high)) {
+    text(left - 6, y(rate) + 4, words, {'text-anchor': 'end'})
+    line(left - 4, y(rate), left, y(rate), 1)
   }
-  const label = (x, y, text, more) => add('text', {x, y, 'text-anchor': 'middle', fill: 'currentColor', ...more}, text)
-  const line = (x1, y1, x2, y2, opacity) => add('line', {x1, y1, x2, y2, stroke: 'currentColor', 'stroke-opacity': opacity})
-  function frame(chart, y) { // axes, the same for all epochs
-    const n = chart.names.length, steps = chart.frames[0].rates[0][0].length, x = i => left + (i + .5)*(right - left)/(n*steps)
-    const size = 10**Math.floor(Math.log10((chart.high - chart.low)/3)), tick = size*[5, 2, 1].find(f => size*f <= (chart.high - chart.low)/3)
-    for (let k = Math.ceil(chart.low/tick); k*tick <= chart.high; k++) { label(left - 6, y(k*tick) + 4, (k*tick).toFixed(Math.max(0, -Math.floor(Math.log10(tick)))), {'text-anchor': 'end'}); line(left - 4, y(k*tick), left, y(k*tick), 1) }
-    for (let s = 0; s < steps; s++) { label((x(s*n) + x((s+1)*n - 1))/2, top - 6, 'step ' + (s + 1)); if (s) line(x(s*n - .5), top, x(s*n - .5), bottom, .2) }
-    for (let i = 0; i < n*steps; i++) label(0, 0, chart.names[i % n], {'text-anchor': 'end', 'font-size': 9, transform: `translate(${x(i) + 3},${bottom + 7}) rotate(-90)`})
-    line(left, top, left, bottom, 1); line(left, bottom, right, bottom, 1); if (chart.low < 0 && chart.high > 0) line(left, y(0), right, y(0), .5)
-    label(0, 0, 'inner step size α', {transform: `translate(14,${(top + bottom)/2}) rotate(-90)`}); label((left + right)/2, 300, 'layer tensor'); label((left + right)/2, 14, chart.title)
-    return x
+  for (let s = 0; s < steps; s++) {
+    text(x(s*n + (n - 1)/2), top - 6, `step ${s + 1}`)
+    if (s) line(x(s*n - .5), top, x(s*n - .5), bottom, .2)
+    chart.names.forEach((name, t) => upright(x(s*n + t) + 3, bottom + 7, name, {'text-anchor': 'end', 'font-size': 9}))
   }
-  function draw() {
-    const chart = charts[choice.value], now = chart.frames[slider.value], y = v => bottom - (v - chart.low)/(chart.high - chart.low)*(bottom - top)
-    svg.replaceChildren(); svg.setAttribute('aria-label', `${chart.title}: learned step sizes, epoch ${now.name}`); said.textContent = now.name
-    const x = frame(chart, y), n = chart.names.length
-    now.rates.forEach((tensors, seed) => {
-      const stroke = colors[seed % colors.length], name = `seed ${chart.seeds[seed]}, epoch ${now.epochs[seed]}`
-      tensors[0].forEach((_, s) => add('polyline', {fill: 'none', stroke, points: tensors.map((rates, t) => x(s*n + t) + ',' + y(rates[s])).join(' ')}))
-      tensors.forEach((rates, t) => rates.forEach((rate, s) => add('circle', {cx: x(s*n + t), cy: y(rate), r: 3, fill: stroke}).appendChild(document.createElementNS(svg.namespaceURI, 'title')).textContent = `${name}, step ${s + 1}, ${chart.names[t]}: ${rate}`))
-      label(left + (right - left)*(seed + .5)/now.rates.length, 320, name, {fill: stroke})
+  upright(14, (top + bottom)/2, 'inner step size α')
+  text((left + right)/2, 300, 'layer tensor')
+  text((left + right)/2, 14, chart.title)
+}"""
+
+# %% ../nbs/13_learned_rates.ipynb #5d0a7e15
+_frame = r"""
+const colors = ['#1f77b4', '#ff7f0e', '#2ca02c', '#d62728', '#9467bd', '#8c564b', '#e377c2', '#7f7f7f', '#bcbd22', '#17becf'] // matplotlib's
+function draw(svg, chart, frame) {
+  const [x, y] = scales(chart), n = chart.names.length
+  svg.replaceChildren()
+  svg.setAttribute('aria-label', `${chart.title}: learned step sizes, epoch ${frame.name}`)
+  axes(svg, chart)
+  frame.rates.forEach((tensors, seed) => { // rates[seed][tensor][step]
+    const color = colors[seed % colors.length], who = `seed ${chart.seeds[seed]}, epoch ${frame.epochs[seed]}`
+    tensors[0].forEach((_, s) => {
+      add(svg, 'polyline', {fill: 'none', stroke: color, points: tensors.map((rates, t) => `${x(s*n + t)},${y(rates[s])}`).join(' ')})
+      tensors.forEach((rates, t) => {
+        const dot = add(svg, 'circle', {cx: x(s*n + t), cy: y(rates[s]), r: 3, fill: color})
+        add(dot, 'title', {}, `${who}, step ${s + 1}, ${chart.names[t]}: ${rates[s]}`)
+      })
     })
-  }
+    add(svg, 'text', {'text-anchor': 'middle', fill: color, x: left + (right - left)*(seed + .5)/frame.rates.length, y: 320}, who)
+  })
+}"""
+
+# %% ../nbs/13_learned_rates.ipynb #5d0a7e17
+_controls = r"""
+for (const box of document.querySelectorAll('.rates-player:not([data-ready])')) {
+  const charts = JSON.parse(box.dataset.charts)
+  const [choice, slider, said, button, svg] = ['select', 'input', 'output', 'button', 'svg'].map(tag => box.querySelector(tag))
   let timer = 0
-  const stop = () => { clearInterval(timer); timer = 0; button.textContent = 'play' }
-  choice.onchange = () => { stop(); slider.max = charts[choice.value].frames.length - 1; slider.value = 0; draw() }
-  slider.oninput = () => { stop(); draw() }
-  button.onclick = () => { if (timer) return stop()
-    if (slider.value === slider.max) slider.value = 0
-    button.textContent = 'stop'; draw()
-    timer = setInterval(() => { slider.stepUp(); draw(); if (slider.value === slider.max) stop() }, 500) }
+  function show() {
+    const chart = charts[choice.value], frame = chart.frames[slider.value]
+    said.textContent = frame.name
+    draw(svg, chart, frame)
+  }
+  function stop() { clearInterval(timer); timer = 0; button.textContent = 'play' }
+  function next() { slider.stepUp(); show(); if (slider.value === slider.max) stop() }
+  function play() {
+    if (slider.value === slider.max) slider.value = 0 // from the start again
+    show(); timer = setInterval(next, 500); button.textContent = 'stop'
+  }
+  function begin() { stop(); slider.max = charts[choice.value].frames.length - 1; slider.value = 0; show() }
   charts.forEach((chart, i) => choice.add(new Option(chart.title, i)))
-  choice.onchange()
+  choice.onchange = begin
+  slider.oninput = () => { stop(); show() }
+  button.onclick = () => timer ? stop() : play()
+  box.dataset.ready = 'yes'
+  begin()
 }"""
 
 # %% ../nbs/13_learned_rates.ipynb #5d0a7e13
 def _frames(chart:RateChart, most:int)->dict: # what the browser draws; rates to four digits
     epochs = np.unique(np.linspace(0, chart.values.shape[1]-1, min(most-1, chart.values.shape[1])).round().astype(int)).tolist()
-    def frame(name, epochs, rates): return {'name': name, 'epochs': [e+1 for e in epochs], 'rates': [[[float(f'{r:.4g}') for r in steps] for steps in tensors] for tensors in rates]}
+    def frame(name, epochs, rates): return {'name': name, 'epochs': [e+1 for e in epochs], 'rates': np.vectorize(lambda r: float(f'{r:.4g}'))(rates).tolist()}
     low, high = _range(chart)
     return {'title': chart.title, 'seeds': chart.seeds, 'names': [k.replace('.weight','') for k in chart.names], 'low': low, 'high': high,
             'frames': [frame('best', chart.best, chart.at_best()), *(frame(str(e+1), [e]*len(chart.seeds), chart.values[:,e]) for e in epochs)]}
@@ -138,7 +179,7 @@ def rates_player(
     return f'''<div class="rates-player" data-charts="{data}">
 <p><label>chart <select {keys}></select></label> <label>epoch <input type="range" min="0" value="0" {keys}></label> <output>best</output> <button type="button" {keys}>play</button></p>
 <svg viewBox="0 0 860 330" role="img" font-family="sans-serif" font-size="11" style="width:100%;max-width:860px"></svg>
-<script>{_drawing}</script></div>'''
+<script>(() => {{{_axes}{_frame}{_controls}}})()</script></div>'''
 
 # %% ../nbs/13_learned_rates.ipynb #0000000e
 def _magnitude(chart, *parts)->np.ndarray: # (seeds, tensors whose names begin so, steps)
