@@ -178,6 +178,7 @@ def set_up(
     config:Config, # the settings
     splits:dict[str,ClassImages], # 'train', 'val' and 'test'
     device:str='cpu', # where
+    compiled:bool|None=None, # compile at the first call? None: if training is long enough to pay for it, which a short test of a trained model isn't
 )->Setup:
     "Network, meta-parameters and episodes of a run"
     splits, test_seed = {s: splits[s].to(device) for s in ('train','val','test')}, 0 # the same for all seeds of a run, so that they can be compared task by task
@@ -187,7 +188,7 @@ def set_up(
     validation, test = (EpisodeSampler(splits[s], config.n_way, config.k_shot, config.test_targets, test_seed) for s in ('val','test'))
     meta = method_parameters(find_method(config.method), net, deal(0).support_x[0], config.n_steps, config.inner_lr)
     step = operations(net, deal.data.images.shape[-1], config.n_way*config.k_shot, config.n_way*config.n_target, config.n_tasks, config.n_steps)
-    compiled = worth_compiling(step*config.epochs*config.iterations) # the same answer when the run goes on
+    if compiled is None: compiled = worth_compiling(step*config.epochs*config.iterations) # the same answer when the run goes on
     gradient = fast_gradient(net, compiled)
     if config.shared_head: gradient = _share_head(meta, gradient)
     return Setup(net, task_batched(net), gradient, fast_inner_loop(net, compiled), fast_predicts(net, compiled), fast_statistics(net, compiled), compiled, meta, deal, validation, test)

@@ -345,6 +345,11 @@ def test_the_same_command_goes_on_and_another_gets_another_folder(tmp_path):
     assert tested['n_steps'] == 3 and list(tested['norms']) == ['support']
 
 
+def test_a_run_long_enough_compiles_unless_told_otherwise(few):
+    long = dataclasses.replace(small_run, epochs=10**6)
+    assert [set_up(c, few, compiled=asked).compiled for c in (small_run, long) for asked in (None, False, True)] == [False, False, True, True, False, True]
+
+
 def test_a_compiled_run_goes_on_to_the_same_bits(few, tmp_path, monkeypatch):
     monkeypatch.setattr('mamlpp_nb.training.worth_compiling', lambda n: True)
     said = []
