@@ -15,7 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 
-from mamlpp_nb.quickstart import provenance
+from mamlpp_nb.machine import provenance
 from mamlpp_nb.tasks import characters
 
 os.environ |= {'TQDM_DISABLE': '1', 'MAMLPP_PHOTOS': '0'} # a progress bar says nothing on a page, and photographs of mini-ImageNet must not be passed on

@@ -10,7 +10,7 @@ from mamlpp_nb.bench import Workload, outer_step, ways
 from mamlpp_nb.classifier import FewShotClassifier
 from mamlpp_nb.maml import evaluate, keep_freed_memory, maml_parameters
 from mamlpp_nb.network import Conv4, task_batched
-from mamlpp_nb.quickstart import pick_device
+from mamlpp_nb.machine import pick_device
 from mamlpp_nb.speed import conv4_calculus
 from mamlpp_nb.tasks import EpisodeSampler, glyphs
 

@@ -14,11 +14,12 @@ from fastcore.docments import docments
 from fastcore.script import Param, anno_parser
 from matplotlib.figure import Figure
 import mamlpp_nb
+from .machine import pick_device
 from .tasks import data_sets, load_data, write_safely
 from .maml import Diverged, keep_freed_memory
 from .step_sizes import plot_step_sizes
 from .per_step_norm import target_norms
-from .quickstart import pick_device, quickstart
+from .quickstart import quickstart
 from .bench import bench
 from .processes import World, join_world
 from .training import Config, best_epochs, configure, exit_codes, plot_run, presets, read_run, replay, test_run, train_and_test

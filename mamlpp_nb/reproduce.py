@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np
 from fastcore.script import Param
+from .machine import pick_device
 from .tasks import load_data, write_safely
 from .maml import Diverged, save_meta
 from .network import Conv4
 from .mamlpp import find_method, loss_parts
 from .speed import operations
-from .quickstart import pick_device
 from .processes import World
 from .training import Config, configure, exit_codes, load_models, read_run, set_up, train_and_test
 

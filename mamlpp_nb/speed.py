@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['operations', 'Calculus', 'autograd_calculus', 'adjoint_gradient', 'conv4_calculus', 'fast_gradient',
            'fast_inner_loop', 'worth_compiling', 'fast_predicts', 'fast_statistics', 'stack_seeds', 'join_episodes',
-           'Learner', 'use_float32', 'fused_adam', 'OuterSteps']
+           'Learner', 'fused_adam', 'OuterSteps']
 
 # %% ../nbs/09_speed.ipynb #00000003
 import collections.abc as abc, contextlib, dataclasses, functools, logging, os, sys, weakref
@@ -479,10 +479,6 @@ class Learner(NamedTuple):
         "All that an outer step moves"
         learned = list(self.meta.learned().values())
         return [*learned, *(v for t in learned for v in self.adam.state[t].values()), *self.average.values()]
-
-def use_float32()->None:
-    "Multiply float32 as float32 on a GPU, in convolutions too, where torch takes the shorter TF32 by default"
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 def fused_adam(
     meta:MetaParameters, # what is learned

@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt, numpy as np, safetensors.torch, torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import nn, Tensor
+from .machine import peak_memory, provenance
 from .tasks import ClassImages, EpisodeSampler, data_sets, load_data, progress_bar, write_safely
 from .network import Conv4, Weights, task_batched
 from .maml import Diverged, Forward, MetaParameters, evaluate
@@ -24,10 +25,8 @@ from .per_step_norm import Predict
 from .step_sizes import plot_step_sizes
 from .mamlpp import Schedule, find_method, loss_parts, method_parameters, outer_rate
 from .speed import Learner, OuterSteps, fast_gradient, fast_inner_loop, fast_predicts, fast_statistics, fused_adam, operations, worth_compiling
-from .bench import peak_memory
 from .evaluation import summarise, test_models
 from .processes import World, any_process, own_share, shared_gradient, sum_over
-from .quickstart import provenance
 
 # %% ../nbs/08_training.ipynb #00000006
 @dataclasses.dataclass(frozen=True)
@@ -381,6 +380,8 @@ def _validate(setup:Setup, model:MetaParameters, config:Config, world:World)->di
 def _rates(meta:MetaParameters)->dict: # step sizes that a chart can show: one number per layer tensor and step
     return {k: a.flatten().tolist() for k,a in meta.step_sizes.items() if a.numel() == len(a)}
 
+def _gigabytes(n:int|None)->float|None: return None if n is None else n/1e9 # None: the system doesn't tell
+
 def _metrics(config:Config, state:State, setup:Setup, world:World)->dict: # the line of the epoch that has just ended
     epoch, method = state.iteration//config.iterations - 1, find_method(config.method)
     loss, accuracy, norm = (np.array(column) for column in zip(*state.log))
@@ -388,7 +389,7 @@ def _metrics(config:Config, state:State, setup:Setup, world:World)->dict: # the 
     return {'epoch': epoch, 'iteration': state.iteration, 'loss': loss.mean(), 'accuracy': accuracy.mean(), 'gradient_norm': norm.mean(), 'largest_gradient_norm': norm.max(),
             'validation': _validate(setup, state.model, config, world), 'outer_lr': outer_rate(method, config.schedule, epoch),
             'loss_weights': arguments['loss_weights'] or [0.]*(config.n_steps-1) + [1.], 'second_order': arguments['second_order'], 'step_sizes': _rates(state.meta),
-            'losses': loss.tolist(), 'seconds': state.seconds, 'memory_gb': peak_memory(world.device)/1e9}
+            'losses': loss.tolist(), 'seconds': state.seconds, 'memory_gb': _gigabytes(peak_memory(world.device))}
 
 # %% ../nbs/08_training.ipynb #00000023
 @contextlib.contextmanager
