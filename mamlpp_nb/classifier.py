@@ -23,7 +23,7 @@ from .network import Conv4, Weights, task_batched
 from .maml import MetaParameters, at_step, load_meta, save_meta
 from .per_step_norm import gather_statistics, statistics_among, target_norms
 from .speed import fast_inner_loop, fast_statistics
-from .training import Config, best_epochs, best_file, build_network, imagenet_colours, read_metrics, set_up
+from .training import Config, build_network, how_unfinished, imagenet_colours, model_files, read_config, set_up
 
 # %% ../nbs/10_your_images.ipynb #11ce4be2
 def _from_array(a:np.ndarray)->Image.Image: # (height, width), (height, width, channels) or (channels, height, width)
@@ -90,6 +90,7 @@ class Pretrained(NamedTuple):
     config:Config # of its training
     channels:int # of its images
     size:int # height and width of its images, in pixels
+    unfinished:str='' # how far its training got, if that wasn't to the end
 
 @functools.lru_cache(maxsize=8)
 def _pretrained(path:Path, changed:float)->Pretrained:
@@ -107,14 +108,26 @@ def _pretrained(path:Path, changed:float)->Pretrained:
     return Pretrained(meta, net, config, channels, size)
 
 def read_pretrained(
-    model:str|Path, # 'omniglot', or a path: of a run of `mamlpp train`, whose best model is meant, or of a file from one, from `save_meta`, or from `FewShotClassifier.save`
+    model:str|Path, # 'omniglot', or a path: of a run of `mamlpp train`, whose best model is meant, or of `mamlpp quickstart`; or of a file from one, from `save_meta`, or from `FewShotClassifier.save`
 )->Pretrained:
     "A meta-trained model by name or path"
-    path = models_folder/f'{model}.safetensors'
+    path, unfinished = models_folder/f'{model}.safetensors', ''
     if not path.exists(): path = Path(model)
-    if path.is_dir() and (best := best_epochs(read_metrics(path), 1)): path = best_file(path, best[0])
-    if not path.is_file(): raise ValueError(f"no model {str(model)!r}: neither a file, nor a run with a finished epoch, nor one of {', '.join(sorted(p.stem for p in models_folder.glob('*.safetensors')))}")
-    return _pretrained(path.resolve(), path.stat().st_mtime)
+    if path.is_dir(): path, unfinished = _model_in(path)
+    if not path.is_file():
+        packaged = ', '.join(sorted(p.stem for p in models_folder.glob('*.safetensors')))
+        raise ValueError(f"no model {str(model)!r}: neither a file, nor the folder of a run, nor one of {packaged}")
+    return _pretrained(path.resolve(), path.stat().st_mtime)._replace(unfinished=unfinished or _quick_unfinished(path))
+
+def _model_in(folder:Path)->tuple[Path,str]: # of a run or a quickstart: the file of its best model, and how unfinished that is
+    files = model_files(folder, 1)
+    if not files: return folder/'meta.safetensors', ''
+    return files[0], how_unfinished(folder, read_config(folder)[0])
+
+def _quick_unfinished(path:Path)->str: # of a quickstart that was interrupted
+    about = load_meta(path)[1]
+    done, planned = about.get('iterations', 0), about.get('planned', 0)
+    return f'{done} of {planned} outer steps' if done < planned else ''
 
 # %% ../nbs/10_your_images.ipynb #6e8a424e
 def as_module(
@@ -327,6 +340,7 @@ def adapt_folder(
     say = lambda text: print(text, file=sys.stderr)
     classifier = FewShotClassifier.from_pretrained(model, n_steps=steps or None, norm=norm)
     known = read_pretrained(model)
+    if known.unfinished: say(f'{model} is unfinished: {known.unfinished}')
     labels, paths, images = _classes_of(Path(support), known, say)
     classifier.fit(images, labels)
     classes = classifier.classes_.tolist()

@@ -56,6 +56,7 @@ def train_preset(
     out:str='', # folder of the run; empty: runs/ and a name made from the settings. A run that is there goes on
     seeds:Param('several seeds to train at once, as in 0 1 2; each gets a folder (with --out: seed0, seed1 ... in it)', str, nargs='+')='',
     minutes:float=0., # stop after this time (minutes) with exit code 3, to go on later; 0: at the end
+    no_compile:bool=False, # never wait for a compiler; the same numbers up to rounding
     no_capture:bool=False, # on a GPU, launch every operation by itself instead of replaying outer steps as CUDA graphs
     tensorboard:bool=False, # write for TensorBoard into the folder
     json:bool=False, # end with one line of JSON
@@ -72,7 +73,8 @@ def train_preset(
     world = join_world(pick_device(device))
     say = _line if world.rank == 0 else lambda text: None
     for c,folder in zip(configs, folders): say(f'{preset}, {c.method}, seed {c.seed}: {c.epochs} epochs of {c.iterations} outer steps, in {folder}')
-    status = train_and_test(configs, folders, world=world, minutes=minutes or None, say=say, tensorboard=tensorboard, capture=not no_capture)
+    status = train_and_test(configs, folders, world=world, minutes=minutes or None, say=say, tensorboard=tensorboard, capture=not no_capture,
+                            compiled=False if no_compile else None)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     if world.rank: return exit_codes[status]
     summaries = [_summary(read_run(folder), status, say) for folder in folders]
@@ -81,7 +83,7 @@ def train_preset(
 
 def _summary(run:dict, status:str, say:abc.Callable[[str],None])->dict: # what a script may want to know
     if run['test']: say(f"seed {run['config']['seed']}: {test_table(run['test'])}")
-    else: say(f"stopped ({status}) after {run['epochs']} of {run['config']['epochs']} epochs; the same command goes on")
+    else: say(f"stopped ({status}) after {run['epochs']} of {run['config']['epochs']} epochs; the same command goes on; `mamlpp evaluate` and `mamlpp adapt` take it as it is")
     return {'folder': run['folder'], 'status': status, 'epochs': run['epochs'], 'last': str(Path(run['folder'])/'last.safetensors'),
             'validation': run['metrics'][-1]['validation']['accuracy'][-1] if run['metrics'] else None, 'test': run['test'] and run['test']['norms']}
 
@@ -112,7 +114,7 @@ def evaluate_run(
     for name,value in (('tasks', tasks), ('steps', steps)):
         if value < 0: raise ValueError(f'{name} must be at least 0, got {value}')
     norms = tuple(target_norms) if norm == 'all' else (norm,)
-    tested = test_run(run, None, World(device=pick_device(device)), split, tasks or None, steps or None, norms, permutations)
+    tested = test_run(run, None, World(device=pick_device(device)), split, tasks or None, steps or None, norms, permutations, _line)
     print(test_table(tested))
     if record: write_safely(Path(record), lambda draft: draft.write_text(jsons.dumps(tested, indent=1)))
     if json: print(jsons.dumps(tested))
@@ -198,6 +200,14 @@ def command_parser(
     return parser
 
 # %% ../nbs/a2_command_line.ipynb #41186d39
+def _underscored(word:str)->str: # --no-compile is --no_compile
+    option, equals, value = word.partition('=')
+    return option.replace('-', '_').replace('__', '--', 1) + equals + value if word.startswith('--') else word
+
+def _plain_console()->None: # a console that can't write ± or θ gets a ? instead of an error
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+
 def main(
     argv:abc.Sequence[str]|None=None, # the words after `mamlpp`; None: the program's own
 )->int: # exit code
@@ -207,10 +217,11 @@ def main(
     if words[0] == '--version': print(mamlpp_nb.__version__); return 0
     name, *rest = words
     if name not in commands: print(f'mamlpp: no command {name!r}\n\n{usage()}', file=sys.stderr); return 2
-    options = vars(command_parser(name).parse_args(rest))
+    options = vars(command_parser(name).parse_args(list(map(_underscored, rest))))
     for unused in ('pdb', 'xtra'): options.pop(unused, None) # fastcore's own
     if commands[name] is train_preset: options['settings'] = {k: v for k in Config.__dataclass_fields__ if (v := options.pop(k)) is not None}
     keep_freed_memory()
+    _plain_console()
     try: return commands[name](**options) or 0
     except KeyboardInterrupt: print(f'\nmamlpp {name}: interrupted', file=sys.stderr); return 130
     except ValueError as e: print(f'mamlpp {name}: {e}', file=sys.stderr); return 2

@@ -6,7 +6,7 @@
 __all__ = ['Forward', 'naive_task_loss', 'draw_inner_loop', 'MetaParameters', 'maml_parameters', 'row', 'at_step', 'check_labels',
            'task_losses', 'inner_loop', 'meta_loss', 'naive_meta_loss', 'gradient_error', 'keep_freed_memory',
            'Progress', 'Diverged', 'meta_gradient', 'note_gradient', 'outer_loop', 'save_meta', 'load_meta', 'train',
-           'Evaluation', 'evaluate']
+           'recent', 'Evaluation', 'evaluate']
 
 # %% ../nbs/02_maml.ipynb #00000003
 import ctypes, dataclasses, itertools, json, math, os, time
@@ -303,31 +303,49 @@ def load_meta(
 def train(
     loop:abc.Iterator[Progress], # from `outer_loop`
     meta:MetaParameters, # the ones it moves
-    n_iterations:int|None=None, # stop after this many outer steps ...
-    seconds:float|None=None, # ... or after this time; exactly one of the two
+    n_iterations:int, # outer steps to do
     checkpoint:str|Path|None=None, # where to keep the weights; None: nowhere
     about:dict|None=None, # settings to keep with them
+    history:list[Progress]|None=None, # of the outer steps before these; what is done is added to it
+    watch:abc.Callable[[list[Progress]],None]|None=None, # called with the history after each step; None: a progress bar
+    stop:abc.Callable[[], bool]=lambda: False, # asked before each step: end now?
 )->list[Progress]: # one entry per outer step
-    "Meta-train with a progress bar; the weights are kept even if it ends early"
-    if (n_iterations is None) == (seconds is None): raise ValueError('give either n_iterations or seconds')
-    history, begin, saved = [], time.monotonic(), time.monotonic()
+    "Meta-train; the weights are kept before the first step, every half minute, and when it ends, however it ends"
+    history = [] if history is None else history
+    begin, saved = len(history), time.monotonic()
     def keep():
         if checkpoint: save_meta(checkpoint, meta, {**(about or {}), 'iterations': len(history)})
-    layout = '{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}'
-    bar = progress_bar(total=n_iterations if seconds is None else seconds, desc='training', bar_format=layout)
+    keep()
+    bar = None if watch else progress_bar(total=n_iterations, desc='training', bar_format=_bar_format)
     try:
-        while (len(history) < n_iterations) if seconds is None else (time.monotonic()-begin < seconds):
+        while len(history)-begin < n_iterations and not stop():
             history.append(next(loop))
-            recent = history[-20:]
-            bar.set_postfix({'iteration': len(history), 'loss': f'{np.mean([p.loss for p in recent]):.3f}',
-                             'accuracy': f'{np.mean([p.accuracy for p in recent]):.3f}'}, refresh=False)
-            bar.update(1 if seconds is None else min(time.monotonic()-begin, seconds)-bar.n)
-            if time.monotonic()-saved > 30: keep(); saved = time.monotonic()
+            if watch: watch(history)
+            else: _show(bar, history)
+            if time.monotonic()-saved > 30:
+                keep()
+                saved = time.monotonic()
     except Diverged as e:
         kept = f'the weights before that step are in {checkpoint}' if checkpoint else 'no checkpoint was asked for; the weights before that step are in memory'
         raise Diverged(f'{e}; {kept}. A smaller inner or outer learning rate usually helps.') from e
-    finally: bar.close(); keep()
+    finally:
+        if bar is not None: bar.close()
+        keep()
     return history
+
+_bar_format = '{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}'
+
+def recent(
+    history:list[Progress], # of outer steps
+    n:int=20, # how many of the last
+)->str: # their mean loss and accuracy
+    "How training goes, in words"
+    loss, accuracy = (np.mean([getattr(p, name) for p in history[-n:]]) for name in ('loss','accuracy'))
+    return f'loss {loss:.3f}, accuracy {accuracy:.3f}'
+
+def _show(bar, history)->None:
+    bar.set_postfix_str(f'step {len(history)}, {recent(history)}', refresh=False)
+    bar.update(1)
 
 # %% ../nbs/02_maml.ipynb #00000032
 @dataclasses.dataclass(frozen=True)
@@ -353,6 +371,7 @@ def evaluate(
     portion:int=4, # tasks at a time; changes speed and memory, not results
     predict:abc.Callable[[Weights,Episodes],Tensor]|None=None, # (weights, episodes) -> target logits; None: `forward`, all targets of a task together
     adapt:abc.Callable[...,abc.Iterator[Weights]]=inner_loop, # the inner loop, or what stands for it
+    tick:abc.Callable[[int],None]=lambda n: None, # told how many more tasks are graded
 )->Evaluation:
     "Adapt to each task and grade it after every step"
     predict = predict or (lambda weights, episodes: forward(weights, episodes.target_x))
@@ -363,4 +382,5 @@ def evaluate(
         before = {k: w.expand(len(e), *w.shape) for k,w in meta.start.items()}
         after = adapt(forward, meta, e.support_x, e.support_y, n_steps, second_order=False)
         grades.append(torch.stack([right(e, before, 0), *(right(e, fast, i) for i,fast in enumerate(after))], 1))
+        tick(len(e))
     return Evaluation(torch.cat(grades).cpu())

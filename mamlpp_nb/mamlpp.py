@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['parts', 'methods', 'cosine_rate', 'Method', 'find_method', 'Schedule', 'method_parameters', 'loss_parts',
-           'outer_rate', 'method_loop']
+           'outer_rate', 'Phase', 'every_step', 'phases', 'method_loop']
 
 # %% ../nbs/07_mamlpp.ipynb #00000003
-import collections.abc as abc, dataclasses, math
+import collections.abc as abc, dataclasses, itertools, math
+from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from .tasks import EpisodeSampler
@@ -106,6 +107,35 @@ def outer_rate(
 )->float:
     "Outer learning rate of an epoch"
     return cosine_rate(epoch, schedule.n_epochs, schedule.outer_lr, schedule.last_outer_lr) if method.cosine else schedule.outer_lr
+
+# %% ../nbs/07_mamlpp.ipynb #0000b013
+class Phase(NamedTuple):
+    "Epochs in a row whose outer steps compute the same things"
+    first:int    # epoch, from 0
+    n_epochs:int # how many
+    parts:dict   # keyword arguments of `meta_loss` in the first of them
+
+    def __str__(self):
+        order = 'second' if self.parts['second_order'] else 'first'
+        graded = 'after every inner step' if every_step(self.parts) else 'after the last inner step'
+        return f'{order}-order gradient, targets graded {graded}'
+
+def every_step(parts:dict)->bool: # from `loss_parts`
+    "Are the targets graded after more than the last step?"
+    return parts['loss_weights'] is not None and any(parts['loss_weights'][:-1])
+
+def phases(
+    method:Method, # which parts
+    schedule:Schedule, # when they change
+    n_steps:int=5, # inner steps K
+)->list[Phase]: # in order; together they have all epochs
+    "What a run's outer steps compute, and when that changes"
+    each = [loss_parts(method, schedule, epoch, n_steps) for epoch in range(schedule.n_epochs)]
+    found = []
+    for _,group in itertools.groupby(enumerate(each), lambda e: (e[1]['second_order'], every_step(e[1]))):
+        epochs = list(group)
+        found.append(Phase(epochs[0][0], len(epochs), epochs[0][1]))
+    return found
 
 # %% ../nbs/07_mamlpp.ipynb #00000014
 def method_loop(

@@ -63,6 +63,7 @@ def gather_statistics(
     portion:int=4, # tasks at a time
     adapt:abc.Callable[...,abc.Iterator[Weights]]=inner_loop, # the inner loop, or what stands for it
     look:abc.Callable[[Weights,Tensor],tuple[Tensor,Weights]]|None=None, # as from `with_statistics`; None: that
+    tick:abc.Callable[[int],None]=lambda n: None, # told how many more tasks are done
 )->MetaParameters: # `meta`, with a row of means and variances for every step among its tables
     "Running statistics per step and layer (BNRS): means over tasks of the statistics of the target passes"
     forward, look, sums = task_batched(net), look or with_statistics(net), [{} for _ in range(n_steps)]
@@ -71,6 +72,7 @@ def gather_statistics(
         for i,fast in enumerate(adapt(forward, meta, e.support_x, e.support_y, n_steps, second_order=False)):
             seen = look(at_step(meta, fast, i), e.target_x)[1]
             for k,s in seen.items(): sums[i][k] = sums[i].get(k, 0) + s.sum(0)
+        tick(len(e))
     return meta._replace(per_step={**meta.per_step, **{k: torch.stack([s[k] for s in sums])/n_tasks for k in sums[0]}})
 
 # %% ../nbs/05_per_step_norm.ipynb #00000018

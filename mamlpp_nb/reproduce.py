@@ -80,10 +80,13 @@ _origin = {'commit': _text, 'device': _text, 'versions': _object(mamlpp_nb=_text
 _test = _object(norms={'type': 'object', 'minProperties': 1, 'additionalProperties': _object(single=_scored, ensemble=_scored)}, models=_list(_text), split={'const': 'test'},
                 n_tasks=_number, n_steps=_number, n_permutations=_number, seconds=_number, tasks_per_second=_number, **_origin)
 _epoch = {'epoch': _number, 'iteration': _number, 'loss': _number, 'accuracy': _number, 'gradient_norm': _number, 'largest_gradient_norm': _number, 'validation': _scored, 'outer_lr': _number,
-          'loss_weights': _list(_number), 'second_order': {'type': 'boolean'}, 'step_sizes': {'type': 'object', 'additionalProperties': _list(_number)}, 'seconds': _number, 'memory_gb': _number}
+          'loss_weights': _list(_number), 'second_order': {'type': 'boolean'}, 'step_sizes': {'type': 'object', 'additionalProperties': _list(_number)}, 'seconds': _number, 'memory_gb': {'type': ['number','null']}}
+
+_start = _object(**_origin, seeds_at_once=_number)
+_start['properties']['compiled'] = {'type': 'boolean'} # older records don't say
 
 record_schema = {'$schema': 'https://json-schema.org/draft/2020-12/schema', 'title': 'Record of a run',
-                 **_object(table=_text, row=_text, method=_text, seed=_number, config={'type': 'object'}, seconds=_number, starts={**_list(_object(**_origin, seeds_at_once=_number)), 'minItems': 1},
+                 **_object(table=_text, row=_text, method=_text, seed=_number, config={'type': 'object'}, seconds=_number, starts={**_list(_start), 'minItems': 1},
                            epochs=_list(_object(**_epoch)), test={'anyOf': [_test, {'type': 'null'}]}, diverged={'type': ['string','null']})}
 
 def make_record(
@@ -220,6 +223,7 @@ def reproduce(
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one, which trains the seeds of a row at once
     out:str='runs', # folder of the runs, in a folder for each table
     records:str='', # folder of the records and best weights; empty: nbs/results/tables where there is nbs/results, else results
+    no_compile:bool=False, # never wait for a compiler; the same numbers up to rounding
     trial:bool=False, # two outer steps of every row, in folders of their own: does everything work here?
     data:str='', # for a trial, other data than the table's, such as glyphs
     json:bool=False, # end with one line of JSON
@@ -233,13 +237,14 @@ def reproduce(
     if trial: out, kept = out/f'trial-{data or table}', out/f'trial-{data or table}'/'records'
     jobs = [_Job(table, name, [dataclasses.replace(row.config, seed=s, **changes) for s in some], out, kept) for name,row in rows.items() for some in _at_once(seeds, device)]
     todo, status, failed, load = [job for job in jobs if job.missing()], 'complete', [], functools.cache(load_data) # refuse before the first is run
+    if todo: print(f'{len(todo)} of {len(jobs)} runs to do; each says how long it takes before it begins', flush=True)
     while todo:
         job, left = todo.pop(0), minutes*60 - (time.monotonic()-began)
         if minutes and left <= 0: status = 'out of time'; break
         if not (missing := job.missing()): continue # another process has made it in the meantime
         splits = load(job.configs[0].data)
         print(f"{table}, {job.row}, seed {', '.join(str(c.seed) for c in missing)}: {missing[0].epochs} epochs of {missing[0].iterations} outer steps", flush=True)
-        try: status = train_and_test(missing, [job.folder(c) for c in missing], splits, World(device=device), minutes=left/60 if minutes else None)
+        try: status = train_and_test(missing, [job.folder(c) for c in missing], splits, World(device=device), minutes=left/60 if minutes else None, compiled=False if no_compile else None)
         except Diverged as e:
             print(f'diverged: {e}', flush=True)
             if len(missing) > 1: todo[:0] = [job._replace(configs=[c]) for c in missing] # the others may go on

@@ -8,7 +8,7 @@ __all__ = ['operations', 'Calculus', 'autograd_calculus', 'adjoint_gradient', 'c
            'Learner', 'fused_adam', 'OuterSteps']
 
 # %% ../nbs/09_speed.ipynb #00000003
-import collections.abc as abc, contextlib, dataclasses, functools, logging, os, sys, weakref
+import collections.abc as abc, contextlib, dataclasses, functools, logging, os, sys, time, weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 import torch, torch.nn.functional as F
@@ -520,13 +520,16 @@ class OuterSteps:
         self.iteration, self.line = (torch.zeros(shape, dtype=torch.int64, device=like.device) for shape in ((), (1,)))
         self.log, self.longest, self.programs = like.new_zeros(max(longest, 4), len(learners), 3), longest, {} # a capture takes four lines
 
-    def _step(self, weights:Tensor, graded:tuple[bool,...], second_order:bool)->None: # nothing in here may depend on a value
+    def _gradients(self, weights:Tensor, graded:tuple[bool,...], second_order:bool)->list[tuple]: # of each seed: loss, accuracy, gradient
         episodes = join_episodes([l.deal(self.iteration*self.n_tasks, self.n_tasks) for l in self.learners])
         parts = {'n_steps': len(graded), 'second_order': second_order, 'loss_weights': [w if g else 0. for w,g in zip(weights, graded)]}
-        if len(self.learners) == 1: found = [self.gradient(self.forward, self.learners[0].meta, episodes, **parts)]
-        else:
-            loss, accuracy, gradients = self.gradient(self.forward, stack_seeds([l.meta for l in self.learners]), episodes, **parts, n_seeds=len(self.learners))
-            found = [(loss[s], accuracy[s], {k: g[s] for k,g in gradients.items()}) for s in range(len(self.learners))]
+        if len(self.learners) == 1: return [self.gradient(self.forward, self.learners[0].meta, episodes, **parts)]
+        together = stack_seeds([l.meta for l in self.learners])
+        loss, accuracy, gradients = self.gradient(self.forward, together, episodes, **parts, n_seeds=len(self.learners))
+        return [(loss[s], accuracy[s], {k: g[s] for k,g in gradients.items()}) for s in range(len(self.learners))]
+
+    def _step(self, weights:Tensor, graded:tuple[bool,...], second_order:bool)->None: # nothing in here may depend on a value
+        found = self._gradients(weights, graded, second_order)
         notes = [note_gradient(l.meta, *f, self.clamp) for l,f in zip(self.learners, found)]
         with torch.no_grad():
             for l in self.learners:
@@ -534,6 +537,18 @@ class OuterSteps:
                 if l.average: torch._foreach_lerp_(list(l.average.values()), list(l.meta.learned().values()), 1-self.decay)
             self.log.index_copy_(0, self.line, torch.stack(notes)[None])
             self.line += 1; self.iteration += 1
+
+    def prepare(self,
+        n_steps:int=5, second_order:bool=True, loss_weights:abc.Sequence[float]|None=None, # of `meta_loss`: the kind of step to come
+    )->float: # seconds of such a step, measured on one that moves nothing
+        "Compile and capture what a kind of outer step needs, before the first that counts"
+        values = [0.]*(n_steps-1) + [1.] if loss_weights is None else list(loss_weights)
+        kind = tuple(map(bool, values)), second_order
+        if self.captured: self._program(*kind)
+        for _ in range(2): # the first compiles
+            begin = time.perf_counter()
+            self._gradients(self.log.new_tensor(values), *kind)[0][0].item()
+        return time.perf_counter()-begin
 
     def _program(self, *kind)->tuple[abc.Callable[[],None],Tensor]: # a step of a kind, and the weights of target losses that it reads
         if kind not in self.programs:
