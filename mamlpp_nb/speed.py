@@ -395,9 +395,9 @@ def _inner_step(calculus, meta, fast, x, y, i):
 # %% ../nbs/09_speed.ipynb #0000002e
 def worth_compiling(
     n_operations:float, # of the whole run: `operations` times outer steps
-)->bool: # the same answer whenever it is asked
+)->bool: # the same answer whenever it is asked, and on every machine
     "Is a run long enough to pay for a compiler?"
-    return n_operations > 5e12 # more than a minute of uncompiled work on two cores
+    return n_operations > 5e13 # a quarter of an hour of uncompiled work on two slow cores
 
 # %% ../nbs/09_speed.ipynb #e1dd4256
 class _Ready: # the last images, as the passes want them, for as long as the images are there

@@ -10,7 +10,7 @@ __all__ = ['split_sizes', 'data_sets', 'ClassImages', 'from_labels', 'random_bit
 
 # %% ../nbs/00_tasks.ipynb #00000003
 import collections, collections.abc as abc
-import csv, dataclasses, hashlib, io, itertools, json, math, os, warnings, zipfile
+import csv, dataclasses, hashlib, io, itertools, json, math, os, sys, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F, matplotlib.pyplot as plt
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
+from .progress import Plan
 
 # %% ../nbs/00_tasks.ipynb #00000007
 class ClassImages:
@@ -266,6 +267,14 @@ def _decode(path:str, read:abc.Callable, size:int|None, mode:str)->np.ndarray: #
     return _opened(path, read, lambda image: image_pixels(plain_image(image, mode), size))
 
 # %% ../nbs/00_tasks.ipynb #00000027
+def _watched(images:abc.Iterable, n:int)->abc.Iterator: # with a bar, or a line now and then
+    plan = Plan(lambda text: print(text, file=sys.stderr, flush=True))
+    plan.add('decoding', n, 'images')
+    with plan.doing('decoding') as tick:
+        for image in images:
+            yield image
+            tick()
+
 def read_images(
     files:list, # from `list_images`
     size:int|None=None, # resize to this height and width in pixels; None: all must already be alike
@@ -282,7 +291,7 @@ def read_images(
             return str(e)
     with ThreadPoolExecutor() as pool: # Pillow decodes outside Python's lock, so threads use all cores
         decoded = (image for start in range(0, len(files), 1000) for image in pool.map(decode, files[start:start+1000]))
-        for (name,path,_),image in zip(files, progress_bar(decoded, total=len(files), desc='decoding', unit=' images', leave=False)):
+        for (name,path,_),image in zip(files, _watched(decoded, len(files))):
             if isinstance(image, str): refused.append(image); continue
             if pixels is None: pixels, first = np.empty((len(files), *image.shape), np.uint8), path
             if image.shape != pixels.shape[1:]:
