@@ -291,6 +291,16 @@ def test_fast_predictions_say_what_the_plain_ones_say(strided, compiled): # colo
         assert not said['targets'].allclose(said['support'], rtol=1e-3) and not said['targets'].allclose(said['running'], rtol=1e-3)
 
 
+def test_the_compiled_pass_of_a_tiny_network_says_what_the_plain_one_says():
+    "The least that still compiles all four blocks; gradient and product, and other sizes, are compiled weekly"
+    net = Conv4(2, 1, 16, 2).double()
+    weights = {k: w.detach()[None] for k, w in net.named_parameters()}
+    x = torch.rand(1, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (logits, seen), (plain, exact) = (fast_statistics(net, compiled)(weights, x) for compiled in (True, False))
+    assert logits.allclose(plain, rtol=1e-9, atol=1e-9)
+    for k in exact: assert seen[k].allclose(exact[k], rtol=1e-9, atol=1e-11)
+
+
 def test_images_made_ready_are_those_that_are_asked_about():
     net, g = Conv4(3, filters=4).double(), torch.Generator().manual_seed(0)
     weights = {k: w.detach().expand(2, *w.shape) for k, w in net.named_parameters()}
