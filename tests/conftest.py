@@ -2,21 +2,32 @@
 import os
 
 os.environ.setdefault('TQDM_DISABLE', '1')
+if 'PYTEST_XDIST_WORKER' in os.environ: # tests run side by side: one thread each, also in the processes they start
+    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'TORCHINDUCTOR_COMPILE_THREADS'): os.environ.setdefault(name, '1')
+
+import dataclasses
+import functools
 
 import pytest
 import torch
+from PIL import Image
 
+from mamlpp_nb import tasks
 from mamlpp_nb.tasks import ClassImages, find_omniglot, glyphs, omniglot
 from mamlpp_nb.training import Config
 
+tasks.data_sets['glyphs'] = drawn_once = functools.cache(glyphs) # five seconds, for all commands that a process runs
+
 small_run = Config(data='glyphs', n_way=3, filters=4, n_steps=2, n_tasks=2, epochs=3, iterations=3, multi_step_epochs=1, first_order_epochs=1,
                    average=.5, validation_tasks=4, test_tasks=4, keep=2) # a second or two
+tiny_run = dataclasses.replace(small_run, filters=2, n_steps=1, n_tasks=1, iterations=2, outer_lr=.01, average=.3, validation_tasks=3,
+                               keep=1, seed=10) # the second epoch is the best: the first one's file is removed
 
 
 @pytest.fixture(scope='session')
 def drawn():
     "The glyphs of seed 0, all splits."
-    return glyphs()
+    return drawn_once()
 
 
 @pytest.fixture(scope='session')
@@ -31,6 +42,18 @@ def own_cache(tmp_path, monkeypatch):
     "A cache folder of this test's own."
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     return tmp_path / 'cache' / 'mamlpp_nb'
+
+
+@pytest.fixture(scope='session')
+def files(drawn, tmp_path_factory):
+    "A folder of a few glyphs: what another process would take five seconds to draw, it reads at once."
+    folder = tmp_path_factory.mktemp('files') / 'glyphs'
+    for s, n_classes in (('train', 6), ('val', 4), ('test', 4)):
+        for c in range(n_classes):
+            place = folder / s / drawn[s].names[c]
+            place.mkdir(parents=True)
+            for i, image in enumerate(drawn[s].of_class(c)[:4]): Image.fromarray(image[0].numpy()).save(place / f'{i}.png')
+    return folder
 
 
 def numbered(counts, split='train', size=2):

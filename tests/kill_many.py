@@ -1,12 +1,16 @@
 """Stop short runs in every way and go on, until they end: are the weights those of a run never stopped?
 
-    python tests/kill_many.py random FOLDER 50     kill at random moments, this often
-    python tests/kill_many.py files FOLDER         die at the first file operation, the second, ... one run for each
-    python tests/kill_many.py disk FOLDER BYTES    no file may grow beyond this size, then no limit
+    python tests/kill_many.py FOLDER tiny random=5 files disk=6000
 
-Prints one line of JSON. Every run is forked from this process, which has everything imported and starts no thread.
+The run is tiny or small. What is done to it, one after the other:
+    random=N     it is killed at random moments, this often
+    files        it dies at the first file operation, the second, ... once at each
+    disk=BYTES   no file may grow beyond this size, then there is no limit
+
+Prints a line of JSON for each. Every run is forked from this process, which has everything imported and starts no thread.
 """
 import faulthandler
+import functools
 import json
 import os
 import random
@@ -22,14 +26,15 @@ for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.e
 import torch
 from safetensors.torch import load_file
 
+from mamlpp_nb import training
 from mamlpp_nb.tasks import glyphs
-from conftest import small_run
+from conftest import small_run, tiny_run
 from mamlpp_nb.training import read_metrics, train_run
 
-config = small_run
+sizes = {'tiny': tiny_run, 'small': small_run}
 
 
-def fork(folder, splits, prepare=lambda: None):
+def fork(config, folder, splits, prepare=lambda: None):
     "A process that trains; exits with 0 when the run is complete, 1 with an OSError, 3 if it was stopped."
     child = os.fork()
     if child: return child
@@ -57,7 +62,7 @@ def ended(child, most=60):
     raise SystemExit(f'a child hung for {most} s')
 
 
-def same(folder, reference):
+def same(config, folder, reference):
     "Weights, Adam's state, running average, the best models and the log, all but the clock."
     names = sorted(p.name for p in reference.glob('*.safetensors'))
     if names != sorted(p.name for p in folder.glob('*.safetensors')) and sorted({*names} - {'previous.safetensors'}) != sorted({p.name for p in folder.glob('*.safetensors')} - {'previous.safetensors'}): return False
@@ -89,44 +94,68 @@ def die_at(n):
     for owner, name in ((os, 'replace'), (os, 'fsync'), (Path, 'unlink'), (Path, 'mkdir')): wrap(owner, name)
 
 
-def main(kind, folder, *more):
+def kill_at_random(n, run, start, complete, length):
+    "Until so many runs were stopped."
+    rng, stops = random.Random(0), 0
+    while stops < n:
+        child = start()
+        time.sleep(rng.uniform(0, length))
+        number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        os.kill(child, number) # a child that has ended waits to be asked for its exit code
+        code = ended(child)
+        if code == 0: complete()
+        elif code in (-number, 3): stops += 1 # a signal in the first moments finds no handler yet
+        else: raise SystemExit(f'exit code {code}')
+    if run.exists():
+        assert ended(start()) == 0
+        complete()
+    return {'stops': stops}
+
+
+def die_at_each(start, complete):
+    "A run that dies at the n-th file operation and goes on, for every n that there is."
+    for n in range(1, 10_000):
+        code = ended(start(lambda: die_at(n)))
+        if code == 0: return complete() or {'stops': n - 1}
+        assert ended(start()) == 0
+        complete()
+
+
+def fill_disk(n_bytes, start, complete):
+    "A run on a full disk that goes on when there is room."
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+    code = ended(start(limit))
+    assert ended(start()) == 0
+    complete()
+    return {'stops': 1, 'code': code}
+
+
+def main(folder, size, *kinds):
     torch.set_num_threads(1)
     faulthandler.enable()
-    folder, splits = Path(folder), {s: d.select(range(30), s) for s, d in glyphs().items()}
-    reference, run, rng = folder / 'reference', folder / 'run', random.Random(0)
+    config, folder = sizes[size], Path(folder)
+    splits = {s: d.select(range(30), s) for s, d in glyphs(n_drawings=4).items()}
+    training.provenance = functools.cache(training.provenance) # git is asked once, not by every run
+    reference, run = folder / 'reference', folder / 'run'
     train_run(config, folder / 'warm', splits, say=lambda text: None) # imports what torch imports late, once for all
     begin = time.monotonic()
-    assert ended(fork(reference, splits)) == 0
+    assert ended(fork(config, reference, splits)) == 0
     length = time.monotonic() - begin
-    said = {'runs': 0, 'stops': 0, 'same': True}
+    for kind, _, n in (k.partition('=') for k in kinds):
+        said = {'kind': kind, 'runs': 0, 'same': True}
 
-    def complete():
-        said['runs'] += 1
-        if not same(run, reference): said['same'] = False; shutil.copytree(run, folder / f'differs-{said["runs"]}')
-        shutil.rmtree(run)
-    if kind == 'random':
-        while said['stops'] < int(more[0]):
-            child = fork(run, splits)
-            time.sleep(rng.uniform(0, length))
-            number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            os.kill(child, number) # a child that has ended waits to be asked for its exit code
-            code = ended(child)
-            if code == 0: complete()
-            elif code in (-number, 3): said['stops'] += 1 # a signal in the first moments finds no handler yet
-            else: raise SystemExit(f'exit code {code}')
-        if run.exists(): assert ended(fork(run, splits)) == 0; complete()
-    elif kind == 'files':
-        for n in range(1, 10_000):
-            if ended(fork(run, splits, lambda: die_at(n))) == 0: complete(); break
-            said['stops'] += 1
-            assert ended(fork(run, splits)) == 0
-            complete()
-    elif kind == 'disk':
-        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(more[0]), resource.RLIM_INFINITY))
-        said['code'] = ended(fork(run, splits, limit))
-        assert ended(fork(run, splits)) == 0
-        complete()
-    print(json.dumps(said))
+        def start(prepare=lambda: None): return fork(config, run, splits, prepare)
+
+        def complete():
+            said['runs'] += 1
+            if not same(config, run, reference):
+                said['same'] = False
+                shutil.copytree(run, folder / f'differs-{kind}-{said["runs"]}')
+            shutil.rmtree(run)
+        if kind == 'random': said |= kill_at_random(int(n), run, start, complete, length)
+        elif kind == 'files': said |= die_at_each(start, complete)
+        elif kind == 'disk': said |= fill_disk(int(n), start, complete)
+        print(json.dumps(said), flush=True)
 
 
 if __name__ == '__main__': main(*sys.argv[1:])

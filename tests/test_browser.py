@@ -76,6 +76,7 @@ def run_cell(driver, lab, source):
     wait(driver, run)
 
 
+@pytest.mark.weekly
 def test_a_task_drawn_by_mouse(chromium, lab):
     run_cell(chromium, lab, 'from mamlpp_nb.drawing import drawing_pad\ndrawing_pad()')
     canvases = wait(chromium, lambda d: (found := d.find_elements(By.CSS_SELECTOR, '.jp-OutputArea canvas')) and len(found) == 6 and found)
@@ -95,6 +96,7 @@ def test_a_task_drawn_by_mouse(chromium, lab):
     wait(chromium, lambda d: not said(d) and not any(d.execute_script(ink, c) for c in canvases))
 
 
+@pytest.mark.weekly
 def test_the_slider_of_learned_rates_with_a_kernel(chromium, lab):
     tables = str(root / 'nbs/results/tables')
     run_cell(chromium, lab, f"""%matplotlib inline
@@ -149,6 +151,7 @@ def test_the_player_of_learned_rates_without_a_kernel(chromium, tmp_path):
     use(chromium, committed())
 
 
+@pytest.mark.weekly
 def test_the_player_of_learned_rates_in_a_notebook(chromium, lab):
     run_cell(chromium, lab, f"""from IPython.display import HTML
 from mamlpp_nb.rates import rate_chart, rates_player

@@ -1,12 +1,15 @@
 "The program as a shell sees it."
+import functools
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from mamlpp_nb import quickstart
 from mamlpp_nb.cli import main
 from mamlpp_nb.maml import load_meta
 
@@ -15,11 +18,19 @@ def mamlpp(*words, cwd=None, **env):
     return subprocess.run([sys.executable, '-m', 'mamlpp_nb.cli', *words], capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, stdin=subprocess.DEVNULL)
 
 
-def test_help_and_version():
+def test_help_and_version(capsys):
     assert mamlpp('--version').stdout.strip()[0].isdigit()
-    said = mamlpp('quickstart', '--help')
-    assert said.returncode == 0
-    for word in ('--data', '--method', 'mamlpp', '--minutes', '(minutes)', 'default: 2', '--iterations', '--device', '--json'): assert word in said.stdout
+    with pytest.raises(SystemExit) as e: main(['quickstart', '--help']) # argparse's way to stop
+    said = capsys.readouterr().out
+    assert e.value.code == 0
+    for word in ('--data', '--method', 'mamlpp', '--minutes', '(minutes)', 'default: 2', '--iterations', '--device', '--json'): assert word in said
+
+
+def test_the_installed_program_is_the_same():
+    program = Path(sys.executable).with_name('mamlpp')
+    if not program.exists(): pytest.skip('mamlpp is not installed beside this Python (pip install -e .)')
+    said = subprocess.run([program, 'learn'], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert said.returncode == 2 and "no command 'learn'" in said.stderr and 'quickstart' in said.stderr
 
 
 @pytest.mark.parametrize('words, named', [
@@ -54,10 +65,11 @@ def test_quickstart_from_start_to_end(tmp_path):
     assert record['accuracy'][-1] == last['accuracy'] and len(record['loss']) == last['iterations'] and record['commit']
 
 
-def test_quickstart_by_outer_steps_does_the_same_twice(tmp_path):
+def test_quickstart_by_outer_steps_does_the_same_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, 'QuickConfig', functools.partial(quickstart.QuickConfig, filters=8, test_tasks=20))
+    monkeypatch.chdir(tmp_path)
     for name in ('a', 'b'):
-        said = mamlpp('quickstart', '--data', 'glyphs', '--method', 'maml+lslr+da', '--iterations', '2', '--seed', '3', '--out', name, cwd=tmp_path)
-        assert said.returncode == 0, said.stderr
+        assert main(['quickstart', '--data', 'glyphs', '--method', 'maml+lslr+da', '--iterations', '2', '--seed', '3', '--out', name, '--device', 'cpu']) == 0
     a, b = (json.loads((tmp_path / name / 'record.json').read_text()) for name in ('a', 'b'))
     assert a['iterations'] == 2 and a['config']['method'] == 'maml+lslr+da' and a['config']['seed'] == 3
     for key in ('loss', 'accuracy', 'tests', 'step_sizes', 'epoch', 'gradient_norm'): assert a[key] == b[key]

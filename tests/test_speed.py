@@ -43,9 +43,9 @@ def scattered(net, method, e): # no table with equal rows, no gamma with one sig
 
 
 @pytest.mark.parametrize('strided', [False, True])
-@pytest.mark.parametrize('compiled', [False, True])
-def test_full_width_agrees_with_the_naive_loop_in_float64(drawn, strided, compiled):
-    net, e = Conv4(5, filters=64, strided=strided).double(), double(EpisodeSampler(drawn['train'], 5, 1, 1, rotate=True)(0, 2))
+@pytest.mark.parametrize('filters, compiled', [(12, False), pytest.param(64, False, marks=pytest.mark.weekly), pytest.param(64, True, marks=pytest.mark.weekly)])
+def test_any_width_agrees_with_the_naive_loop_in_float64(drawn, strided, filters, compiled):
+    net, e = Conv4(5, filters=filters, strided=strided).double(), double(EpisodeSampler(drawn['train'], 5, 1, 1, rotate=True)(0, 2))
     gradient = fast_gradient(net, compiled)
     for method, epoch in (('mamlpp', 0), ('mamlpp', 99), ('maml', 0), ('maml+bn', 0)) if not compiled else (('mamlpp', 0), ('maml', 0)):
         meta, parts = scattered(net, method, e), loss_parts(find_method(method), Schedule(first_order_epochs=0), epoch)
@@ -269,7 +269,7 @@ def test_the_inner_loop_without_a_graph(drawn):
 
 
 @pytest.mark.parametrize('strided', [False, True])
-@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.weekly)])
 def test_fast_predictions_say_what_the_plain_ones_say(strided, compiled): # colours, an odd size where it matters, more tasks than a portion, shifted pixels
     g, size = torch.Generator().manual_seed(0), 21 if strided else 19
     images = lambda n: torch.rand(5, n, 3, size, size, generator=g, dtype=torch.float64)
@@ -289,6 +289,16 @@ def test_fast_predictions_say_what_the_plain_ones_say(strided, compiled): # colo
         said = {norm: predict(weights, e) for norm, predict in fast.items()}
         for norm, one in said.items(): assert one.allclose(predict_targets(net, norm)(weights, e), rtol=1e-9, atol=1e-9)
         assert not said['targets'].allclose(said['support'], rtol=1e-3) and not said['targets'].allclose(said['running'], rtol=1e-3)
+
+
+def test_the_compiled_pass_of_a_tiny_network_says_what_the_plain_one_says():
+    "The least that still compiles all four blocks; gradient and product, and other sizes, are compiled weekly"
+    net = Conv4(2, 1, 16, 2).double()
+    weights = {k: w.detach()[None] for k, w in net.named_parameters()}
+    x = torch.rand(1, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (logits, seen), (plain, exact) = (fast_statistics(net, compiled)(weights, x) for compiled in (True, False))
+    assert logits.allclose(plain, rtol=1e-9, atol=1e-9)
+    for k in exact: assert seen[k].allclose(exact[k], rtol=1e-9, atol=1e-11)
 
 
 def test_images_made_ready_are_those_that_are_asked_about():

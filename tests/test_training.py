@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import tape
 from conftest import small_run
+from mamlpp_nb.cli import main
 from mamlpp_nb.maml import Diverged, load_meta, maml_parameters, outer_loop
 from mamlpp_nb.tasks import EpisodeSampler
 from mamlpp_nb.training import (Config, Damaged, best_epochs, configure, first_state, load_state, newest_state, open_run, presets, read_metrics, read_run, replay, save_state,
@@ -23,7 +24,7 @@ from mamlpp_nb.training import (Config, Damaged, best_epochs, configure, first_s
 here = Path(__file__).parent
 
 
-def program(*words, **more): return subprocess.run([sys.executable, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, **more)
+def program(*words, **more): return subprocess.run([sys.executable, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, **{'timeout': 300, **more})
 
 
 def quiet(text): pass
@@ -73,13 +74,19 @@ def test_impossible_settings_are_refused(settings, named):
 # --- stopping and going on
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
-@pytest.mark.parametrize('words, least', [(('random', '50'), 50), (('files',), 60), (('disk', '12000'), 0)], ids=['50 kills at random moments', 'a death at every file operation', 'no room'])
-def test_a_stopped_run_ends_with_the_weights_of_one_never_stopped(words, least, tmp_path):
-    said = program(str(here / 'kill_many.py'), words[0], str(tmp_path), *words[1:])
+@pytest.mark.parametrize('size, kinds, least', [
+    ('tiny', {'random': 5, 'files': None, 'disk': 6000}, 65),
+    pytest.param('small', {'random': 50, 'files': None, 'disk': 12000}, 90, marks=pytest.mark.weekly)])
+def test_a_stopped_run_ends_with_the_weights_of_one_never_stopped(size, kinds, least, tmp_path):
+    "Kills at random moments, a death at every file operation (there are at least so many), no room"
+    words = [kind if n is None else f'{kind}={n}' for kind, n in kinds.items()]
+    said = program(str(here / 'kill_many.py'), str(tmp_path), size, *words, timeout=3000)
     assert said.returncode == 0, said.stderr
-    result = json.loads(said.stdout.splitlines()[-1])
-    assert result['same'] and result['runs'] > 0 and result['stops'] >= least
-    if words[0] == 'disk': assert result['code'] == 1 and 'make room' in said.stdout
+    found = {r['kind']: r for r in map(json.loads, (l for l in said.stdout.splitlines() if l.startswith('{')))}
+    assert list(found) == list(kinds)
+    for r in found.values(): assert r['same'] and r['runs'] > 0, r
+    assert found['random']['stops'] >= kinds['random'] and found['files']['stops'] >= least
+    assert found['disk']['code'] == 1 and 'make room' in said.stdout
 
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='mounting a small disk needs root')
@@ -125,9 +132,11 @@ def test_every_flipped_bit_is_noticed(few, tmp_path):
     state = first_state(small_run, set_up(small_run, few))
     save_state(tmp_path / 'a.safetensors', state, {})
     whole, bad = (tmp_path / 'a.safetensors').read_bytes(), tmp_path / 'b.safetensors'
+    fresh = first_state(small_run, set_up(small_run, few)) # filled only from a whole file
     for i in range(0, len(whole), max(1, len(whole) // 150)):
         bad.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i+1:])
-        with pytest.raises(Damaged, match='b.safetensors'): load_state(bad, first_state(small_run, set_up(small_run, few)))
+        with pytest.raises(Damaged, match='b.safetensors'): load_state(bad, fresh)
+    load_state(tmp_path / 'a.safetensors', fresh)
 
 
 def test_a_checkpoint_of_another_run_is_refused(few, done):
@@ -299,26 +308,40 @@ def test_validation_by_the_fast_inner_loop_says_what_the_plain_one_says(few, don
 small_words = '--data glyphs --n_way 3 --filters 4 --n_steps 2 --n_tasks 3 --epochs 2 --iterations 4 --validation_tasks 5 --test_tasks 5 --keep 2 --device cpu'.split()
 
 
-def test_signals_end_with_their_exit_codes(tmp_path):
-    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words, '--iterations', '100000', '--out', str(tmp_path / 'run')]
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+def test_signals_end_with_their_exit_codes(tmp_path, files):
+    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words, '--data', str(files), '--iterations', '100000', '--out', str(tmp_path / 'run')]
+    for starts, (number, code) in enumerate(((signal.SIGTERM, 143), (signal.SIGINT, 130)), 1):
         process = subprocess.Popen([sys.executable, '-u', *words], stdout=subprocess.PIPE, text=True)
-        while (line := process.stdout.readline()) and 'in ' not in line: pass
-        last, before = tmp_path / 'run/last.safetensors', None
-        time.sleep(8)
+        while not (tmp_path / 'run/config.json').exists() or len(read_run(tmp_path / 'run')['starts']) < starts:
+            assert process.poll() is None
+            time.sleep(.1)
+        time.sleep(1)
         process.send_signal(number)
         out, _ = process.communicate(timeout=60)
-        assert process.returncode == code and 'the same command goes on' in out and last.exists()
-    assert len(read_run(tmp_path / 'run')['starts']) == 2
+        assert process.returncode == code and 'the same command goes on' in out and (tmp_path / 'run/last.safetensors').exists()
 
 
-def test_two_processes_learn_what_one_does_and_either_goes_on_with_the_others_run(tmp_path):
-    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words, '--precision', 'float64']
-    two = ['-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', *words]
-    for start, more in ((words, ['--out', 'one']), (two, ['--out', 'two', '--json']), (two, ['--out', 'both', '--minutes', '1e-6']), (words, ['--out', 'both'])):
-        said = program(*start, *more, cwd=tmp_path)
-        assert said.returncode == 0 or '--minutes' in more, said.stderr
-        if '--json' in more: assert json.loads(next(l for l in said.stdout.splitlines() if l.startswith('{')))['status'] == 'complete'
+@pytest.fixture
+def mamlpp(tmp_path, monkeypatch, capsys):
+    "The program in this process, in a folder of its own: exit code, what it printed, what it printed as errors."
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        code = main([*map(str, words)])
+        return (code, *capsys.readouterr())
+    return run
+
+
+def test_two_processes_learn_what_one_does_and_either_goes_on_with_the_others_run(tmp_path, files, mamlpp):
+    words = ['train', 'omniglot-5w1s', *small_words, '--data', str(files), '--precision', 'float64']
+
+    def two(*more): return program('-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', '-m', 'mamlpp_nb.cli', *words, *more, cwd=tmp_path)
+    assert mamlpp(*words, '--out', 'one')[0] == 0
+    said = two('--out', 'two', '--json')
+    assert said.returncode == 0, said.stderr
+    assert json.loads(next(l for l in said.stdout.splitlines() if l.startswith('{')))['status'] == 'complete'
+    two('--out', 'both', '--minutes', '1e-6')
+    assert mamlpp(*words, '--out', 'both')[0] == 0
     one, two, both = (load_file(tmp_path / name / 'last.safetensors') for name in ('one', 'two', 'both'))
     for other in (two, both):
         assert set(one) == set(other)
@@ -329,19 +352,19 @@ def test_two_processes_learn_what_one_does_and_either_goes_on_with_the_others_ru
     assert read_run(tmp_path / 'one')['test']['norms'] == read_run(tmp_path / 'two')['test']['norms']
 
 
-def test_the_same_command_goes_on_and_another_gets_another_folder(tmp_path):
-    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words]
-    assert program(*words, '--minutes', '1e-6', cwd=tmp_path).returncode == 3
-    assert program(*words, cwd=tmp_path).returncode == 0
-    assert program(*words, '--seed', '1', '--method', 'maml', '--tensorboard', cwd=tmp_path).returncode == 0
-    listed = json.loads(program('-m', 'mamlpp_nb.cli', 'runs', '--json', cwd=tmp_path).stdout)
+def test_the_same_command_goes_on_and_another_gets_another_folder(tmp_path, mamlpp):
+    words = ['train', 'omniglot-5w1s', *small_words]
+    assert mamlpp(*words, '--minutes', '1e-6')[0] == 3
+    assert mamlpp(*words)[0] == 0
+    assert mamlpp(*words, '--seed', '1', '--method', 'maml', '--tensorboard')[0] == 0
+    listed = json.loads(mamlpp('runs', '--json')[1])
     assert len(listed) == 2 and {r['status'] for r in listed} == {'complete'} and {r['config']['seed'] for r in listed} == {0, 1}
     assert all(Path(r['folder']).name.startswith(f"omniglot-5w1s-{r['config']['method']}-seed{r['config']['seed']}") for r in listed)
     maml = tmp_path / next(r['folder'] for r in listed if r['config']['method'] == 'maml')
     assert list((maml / 'tensorboard').glob('events*'))
-    shown = program('-m', 'mamlpp_nb.cli', 'show', str(maml))
-    assert shown.returncode == 0 and 'complete' in shown.stdout and (maml / 'curve.png').stat().st_size > 1000
-    tested = json.loads(program('-m', 'mamlpp_nb.cli', 'evaluate', str(maml), '--json', '--steps', '3', '--norm', 'support', '--device', 'cpu').stdout.splitlines()[-1])
+    code, shown, _ = mamlpp('show', maml)
+    assert code == 0 and 'complete' in shown and (maml / 'curve.png').stat().st_size > 1000
+    tested = json.loads(mamlpp('evaluate', maml, '--json', '--steps', '3', '--norm', 'support', '--device', 'cpu')[1].splitlines()[-1])
     assert tested['n_steps'] == 3 and list(tested['norms']) == ['support']
 
 
@@ -350,8 +373,11 @@ def test_a_run_long_enough_compiles_unless_told_otherwise(few):
     assert [set_up(c, few, compiled=asked).compiled for c in (small_run, long) for asked in (None, False, True)] == [False, False, True, True, False, True]
 
 
-def test_a_compiled_run_goes_on_to_the_same_bits(few, tmp_path, monkeypatch):
+@pytest.mark.parametrize('compiler', ['none', pytest.param('torch.compile', marks=pytest.mark.weekly)])
+def test_a_compiled_run_goes_on_to_the_same_bits(few, tmp_path, monkeypatch, compiler):
+    "Without a compiler, what is to be compiled runs as it is: the same road, at once"
     monkeypatch.setattr('mamlpp_nb.training.worth_compiling', lambda n: True)
+    if compiler == 'none': monkeypatch.setattr('mamlpp_nb.speed._Fused._compiled', lambda self: lambda *arguments: self.plain(*arguments))
     said = []
     assert train_run(small_run, tmp_path / 'whole', few, say=said.append) == 'complete'
     assert any('compiling the meta-step' in s for s in said) and any('with compiling' in s for s in said)
@@ -422,12 +448,12 @@ def test_a_captured_run_ends_with_the_same_bits(few, tmp_path, monkeypatch, aver
     assert equal(tmp_path / 'plain/last.safetensors', tmp_path / 'taped/last.safetensors') and no_clock(tmp_path / 'plain') == no_clock(tmp_path / 'taped')
 
 
-def test_seeds_on_the_command_line(tmp_path):
-    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words, '--json', '--seeds', '3', '5']
-    said = program(*words, '--out', 'both', cwd=tmp_path)
-    assert said.returncode == 0, said.stderr
-    made = json.loads(said.stdout.splitlines()[-1])
+def test_seeds_on_the_command_line(tmp_path, mamlpp):
+    words = ['train', 'omniglot-5w1s', *small_words, '--json', '--seeds', '3', '5']
+    code, said, errors = mamlpp(*words, '--out', 'both')
+    assert code == 0, errors
+    made = json.loads(said.splitlines()[-1])
     assert [m['folder'] for m in made] == ['both/seed3', 'both/seed5'] and all(m['test'] for m in made)
-    assert program(*words, '--out', 'both', '--minutes', '1e-6', cwd=tmp_path).returncode == 0 # nothing is left to do
-    for seeds in ('1,1', '1;2', 'x'): assert 'seeds must' in program(*words[:-2], seeds, cwd=tmp_path).stderr
-    assert '--seed or --seeds' in program(*words, '--seed', '1', cwd=tmp_path).stderr
+    assert mamlpp(*words, '--out', 'both', '--minutes', '1e-6')[0] == 0 # nothing is left to do
+    for seeds in ('1,1', '1;2', 'x'): assert 'seeds must' in mamlpp(*words[:-2], seeds)[2]
+    assert '--seed or --seeds' in mamlpp(*words, '--seed', '1')[2]
