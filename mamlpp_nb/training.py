@@ -585,6 +585,7 @@ def _begin(open_ones, config, folder, splits, world, say, tensorboard, together,
         _step_back(folder)
         if not (folder/'last.safetensors').exists(): keep_state(folder, state, config) # a run that is killed at once has a model, too
     rows = [r for r in read_metrics(folder) if r['iteration'] <= state.iteration]
+    if writes: _forget_others(folder, rows, config) # a stop may have come just before
     whose = f', seed {config.seed}' if together > 1 else ''
     if state.iteration: say(f'going on after outer step {state.iteration} of {config.epochs*config.iterations}{whose}')
     return _Seed(config, folder, setup, state, rows, open_ones.enter_context(_board(folder, tensorboard and writes, len(rows))))

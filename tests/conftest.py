@@ -6,7 +6,6 @@ if 'PYTEST_XDIST_WORKER' in os.environ: # tests run side by side: one thread eac
     for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'TORCHINDUCTOR_COMPILE_THREADS'): os.environ.setdefault(name, '1')
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from mamlpp_nb import tasks
 from mamlpp_nb.tasks import ClassImages, find_omniglot, glyphs, omniglot
 from mamlpp_nb.training import Config
 
-tasks.data_sets['glyphs'] = drawn_once = functools.cache(glyphs) # five seconds, for all commands that a process runs
+tasks.data_sets['glyphs'] = glyphs # drawn once in a process; no cache folder is touched
 
 small_run = Config(data='glyphs', n_way=3, filters=4, n_steps=2, n_tasks=2, epochs=3, iterations=3, multi_step_epochs=1, first_order_epochs=1,
                    average=.5, validation_tasks=4, test_tasks=4, keep=2) # a second or two
@@ -27,7 +26,7 @@ tiny_run = dataclasses.replace(small_run, filters=2, n_steps=1, n_tasks=1, itera
 @pytest.fixture(scope='session')
 def drawn():
     "The glyphs of seed 0, all splits."
-    return drawn_once()
+    return glyphs()
 
 
 @pytest.fixture(scope='session')

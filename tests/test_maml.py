@@ -199,12 +199,14 @@ def test_an_interrupted_run_keeps_its_weights(drawn, tmp_path):
     assert load_meta(tmp_path / 'meta.safetensors')[1]['iterations'] == 2
 
 
-def test_train_stops_by_iterations_or_by_time(drawn):
-    _, meta = run(drawn, 0)
-    assert len(train(iter(run(drawn, 3)[0]), meta, n_iterations=2)) == 2
-    assert len(train(iter(run(drawn, 3)[0]), meta, seconds=1e-9)) in (0, 1)
-    assert train(iter([]), meta, n_iterations=0) == []
-    with pytest.raises(ValueError, match='either'): train(iter([]), meta)
+def test_train_goes_on_with_a_history_is_watched_and_stops_when_asked(drawn, tmp_path):
+    loop, meta = run(drawn, 5)
+    loop, seen = iter(loop), []
+    history = train(loop, meta, 2)
+    assert len(history) == 2 and train(iter([]), meta, 0) == []
+    again = train(loop, meta, 3, tmp_path / 'm.safetensors', history=history, watch=lambda h: seen.append(len(h)), stop=lambda: len(history) == 4)
+    assert again is history and len(history) == 4 and seen == [3, 4]
+    assert load_meta(tmp_path / 'm.safetensors')[1]['iterations'] == 4
 
 
 def test_checkpoints_come_back_whole(tmp_path, drawn):

@@ -17,9 +17,10 @@ import tape
 from conftest import small_run
 from mamlpp_nb.cli import main
 from mamlpp_nb.maml import Diverged, load_meta, maml_parameters, outer_loop
+from mamlpp_nb.progress import Plan
 from mamlpp_nb.tasks import EpisodeSampler
 from mamlpp_nb.training import (Config, Damaged, best_epochs, configure, first_state, load_state, newest_state, open_run, presets, read_metrics, read_run, replay, save_state,
-                                set_up, test_run as run_test, train_run, train_runs)
+                                set_up, test_run as run_test, train_and_test, train_run, train_runs)
 
 here = Path(__file__).parent
 
@@ -369,7 +370,7 @@ def test_the_same_command_goes_on_and_another_gets_another_folder(tmp_path, maml
 
 
 def test_a_run_long_enough_compiles_unless_told_otherwise(few):
-    long = dataclasses.replace(small_run, epochs=10**6)
+    long = dataclasses.replace(small_run, epochs=10**8)
     assert [set_up(c, few, compiled=asked).compiled for c in (small_run, long) for asked in (None, False, True)] == [False, False, True, True, False, True]
 
 
@@ -380,10 +381,73 @@ def test_a_compiled_run_goes_on_to_the_same_bits(few, tmp_path, monkeypatch, com
     if compiler == 'none': monkeypatch.setattr('mamlpp_nb.speed._Fused._compiled', lambda self: lambda *arguments: self.plain(*arguments))
     said = []
     assert train_run(small_run, tmp_path / 'whole', few, say=said.append) == 'complete'
-    assert any('compiling the meta-step' in s for s in said) and any('with compiling' in s for s in said)
+    assert any('compiling everything this run needs' in s for s in said) and any(s.startswith('compiled in') for s in said)
     while train_run(small_run, tmp_path / 'parts', few, minutes=1e-6, say=quiet) != 'complete': pass
     assert equal(tmp_path / 'parts/last.safetensors', tmp_path / 'whole/last.safetensors') and no_clock(tmp_path / 'parts') == no_clock(tmp_path / 'whole')
     assert replay(tmp_path / 'whole', 4, few)['loss'] == replay(tmp_path / 'whole', 4, few)['recorded']
+
+
+def test_everything_is_compiled_before_the_first_step_that_counts(few, tmp_path, monkeypatch):
+    "A program is compiled for each kind of argument; none is met for the first time after the first counted step."
+    from torch.utils._pytree import tree_flatten
+    from mamlpp_nb import training
+    kinds, counted, new = set(), [], []
+    def kind(x): return (tuple(x.shape), x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x
+    def watched(self):
+        def call(*arguments):
+            seen = self.plain.__name__, *map(kind, tree_flatten(arguments)[0])
+            if seen not in kinds and counted: new.append(seen)
+            kinds.add(seen)
+            return self.plain(*arguments)
+        return call
+    taken = training._advance
+    def advance(*arguments):
+        counted.append(1)
+        return taken(*arguments)
+    monkeypatch.setattr('mamlpp_nb.speed._Fused._compiled', watched)
+    monkeypatch.setattr(training, '_advance', advance)
+    assert train_and_test([small_run], [tmp_path], few, say=quiet, compiled=True) == 'complete'
+    assert len(kinds) > 3 and len(counted) == small_run.epochs*small_run.iterations and not new
+
+
+def test_a_run_stopped_at_any_moment_has_a_model(few, done, tmp_path, monkeypatch):
+    from mamlpp_nb import training
+    from mamlpp_nb.classifier import read_pretrained
+    said = []
+    with monkeypatch.context() as m: # killed in its first step
+        m.setattr(training, '_advance', lambda *arguments: (_ for _ in ()).throw(SystemExit(9)))
+        with pytest.raises(SystemExit): train_run(small_run, tmp_path, few, say=quiet)
+    for unfinished in ('0 of 9 outer steps, the model is untrained', '1 of 9 outer steps, no epochs finished'):
+        tested = run_test(tmp_path, few, norms=('targets',), say=said.append)
+        assert tested['models'] == ['last'] and any(f'is unfinished: {unfinished}' in s for s in said)
+        assert read_pretrained(tmp_path).unfinished == unfinished
+        train_run(small_run, tmp_path, few, minutes=1e-6, say=quiet) # one more step
+    train_run(small_run, tmp_path, few, minutes=1e-6, say=quiet)
+    train_run(small_run, tmp_path, few, minutes=1e-6, say=quiet)
+    assert read_pretrained(tmp_path).unfinished == '3 of 9 outer steps, 1 epoch finished'
+    assert run_test(tmp_path, few, norms=('targets',), say=quiet)['models'] == ['best-epoch-000']
+    assert read_pretrained(done).unfinished == ''
+
+
+def test_validation_and_test_are_announced_and_in_the_time_left(few, tmp_path):
+    said, left = [], []
+    class Watched(Plan):
+        def line(self, text):
+            if text.startswith('epoch   3/3'): left.append(self.left)
+            super().line(text)
+    plan = Watched(said.append)
+    train_runs([small_run], [tmp_path], few, say=said.append, plan=plan)
+    for part in ('first-order gradient, targets graded after every inner step: 3 outer steps, about', 'second-order', 'validation: 12 tasks, about', 'test: 208 tasks of a model, about', ' in all on '):
+        assert any(part in s for s in said), part
+    assert left and left[0] == plan.parts['test'].left > 0 # after the last epoch the test is still to come
+
+
+def test_a_best_model_that_was_displaced_is_gone_even_if_the_stop_came_just_before(few, tmp_path):
+    train_run(small_run, tmp_path, few, say=quiet)
+    kept = sorted(p.name for p in tmp_path.glob('best-*'))
+    (tmp_path / 'best-epoch-099.safetensors').write_bytes(b'displaced')
+    train_run(small_run, tmp_path, few, say=quiet)
+    assert sorted(p.name for p in tmp_path.glob('best-*')) == kept
 
 
 # --- several seeds at once

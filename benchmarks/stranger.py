@@ -1,0 +1,103 @@
+"""What a newcomer meets: the README's commands with empty caches, timed from outside, written down with the machine.
+
+    python benchmarks/stranger.py quickstart        MAML++ and MAML, seeds 0 to 2, each with caches of its own
+    python benchmarks/stranger.py bench             speed against the naive loop, compiled and not
+    python benchmarks/stranger.py tests             the test command in a fresh clone, installation included
+    python benchmarks/stranger.py quickstart --held-to-avx2
+
+Records go to nbs/results/strangers/, from where the README reads them. Start it with nothing else running.
+"""
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mamlpp_nb.machine import processor, provenance
+
+root = Path(__file__).resolve().parent.parent
+records = root / 'nbs/results/strangers'
+held = {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'MKL_ENABLE_INSTRUCTIONS': 'AVX2'}
+
+
+def environment(caches, held_back):
+    "This one, with empty caches, and no more than AVX2 if asked."
+    own = {'XDG_CACHE_HOME': f'{caches}/xdg', 'TORCHINDUCTOR_CACHE_DIR': f'{caches}/inductor'}
+    return {**os.environ, **own, **(held if held_back else {})}
+
+
+def seen(env):
+    "What torch and oneDNN say they use: does holding back take effect?"
+    code = 'import torch; torch.nn.functional.conv2d(torch.rand(2,8,8,8), torch.rand(8,8,3,3)); from mamlpp_nb.machine import processor; print(processor())'
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={**env, 'ONEDNN_VERBOSE': '1'}).stdout
+    isa = re.search(r'cpu,isa:(.*)', said)
+    return {'processor': said.splitlines()[-1], 'onednn': isa[1].strip() if isa else None}
+
+
+def timed(command, env, cwd=None):
+    "Seconds that a command takes; an error if it fails."
+    begin = time.monotonic()
+    subprocess.run(command, check=True, env=env, cwd=cwd, stdin=subprocess.DEVNULL)
+    return round(time.monotonic() - begin, 1)
+
+
+def key(env):
+    "A name for this kind of machine: its vectors."
+    return seen(env)['processor'].split(', ')[-2].lower()
+
+
+def keep(name, record, env):
+    "A record of this project, with its machine."
+    records.mkdir(parents=True, exist_ok=True)
+    path = records / f'{name}-{key(env)}.json'
+    path.write_text(json.dumps({**record, **seen(env)}) + '\n', encoding='utf-8')
+    print(f'{path}: {record["wall_seconds"]} s', flush=True)
+
+
+def quickstart(held_back, data):
+    for method in ('mamlpp', 'maml'):
+        for seed in range(3):
+            with tempfile.TemporaryDirectory() as folder:
+                env = environment(folder, held_back)
+                words = ['quickstart', '--data', data, '--method', method, '--seed', str(seed), '--out', f'{folder}/run']
+                wall = timed([sys.executable, '-m', 'mamlpp_nb.cli', *words], env)
+                record = json.loads(Path(folder, 'run/record.json').read_text(encoding='utf-8'))
+                keep(f'quickstart-{data}-{method}-{seed}', {**_short(record), 'wall_seconds': wall, 'held_back': held_back}, env)
+
+
+def bench(held_back, data):
+    with tempfile.TemporaryDirectory() as folder:
+        env, made = environment(folder, held_back), Path(folder, 'record.json')
+        words = ['bench', '--ways', 'naive,written out,fast', '--device', 'cpu', '--record', str(made)]
+        wall = timed([sys.executable, '-m', 'mamlpp_nb.cli', *words], env)
+        keep('bench', {**json.loads(made.read_text(encoding='utf-8')), 'wall_seconds': wall, 'held_back': held_back}, env)
+
+
+def tests(held_back, data):
+    readme = (root / 'README.md').read_text(encoding='utf-8')
+    command = next(line for line in readme.splitlines() if 'bash tests/all.sh' in line)
+    with tempfile.TemporaryDirectory() as folder:
+        env = environment(folder, held_back)
+        subprocess.run(['git', 'clone', '-q', str(root), f'{folder}/clone'], check=True)
+        wall = timed(['bash', '-c', command], env, f'{folder}/clone')
+        keep('tests', {'command': command, 'data': bool(os.environ.get('MAMLPP_DATA')), 'wall_seconds': wall, 'held_back': held_back, **provenance('cpu')}, env)
+
+
+def _short(value): # six digits are enough for a chart
+    if isinstance(value, float): return float(f'{value:.6g}')
+    if isinstance(value, dict): return {k: _short(v) for k, v in value.items()}
+    return [_short(v) for v in value] if isinstance(value, list) else value
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', choices=['quickstart', 'bench', 'tests'])
+    parser.add_argument('--held-to-avx2', action='store_true')
+    parser.add_argument('--data', default='omniglot', choices=['omniglot', 'glyphs'])
+    chosen = parser.parse_args()
+    print(processor(), flush=True)
+    globals()[chosen.what](chosen.held_to_avx2, chosen.data)
