@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from .machine import peak_memory, pick_device, processor, provenance
-from .progress import Plan
+from .progress import Plan, tell
 from .tasks import ClassImages, EpisodeSampler, cache_folder, write_safely
 from .network import Conv4, task_batched
 from .maml import keep_freed_memory, meta_gradient
@@ -269,10 +269,8 @@ def bench(
     keep_freed_memory()
     cold = not (cache_folder()/'compiled').exists()
     chosen = {name: find_workload(name) for name in names} # refuse before the first is measured
-    rows = scaling(device, ways[-1], names[0], rounds=rounds) if grow else [row for name,w in chosen.items() for row in measure(name, w, device, rounds, ways, _line)]
+    rows = scaling(device, ways[-1], names[0], rounds=rounds) if grow else [row for name,w in chosen.items() for row in measure(name, w, device, rounds, ways, tell)]
     most = ceilings(device)
     print(table(rows), table(rows, most), describe(most), sep='\n\n')
     if record: write_safely(Path(record), lambda draft: draft.write_text(dumps({'rows': rows, 'rounds': rounds, 'ceilings': most, 'cold_cache': cold, **provenance(device)}, indent=1)))
     if json: print(dumps(rows))
-
-def _line(text:str)->None: print(text, flush=True)

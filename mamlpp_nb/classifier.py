@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import nn, Tensor
 from torchvision.transforms import Normalize
 import mamlpp_nb
+from .progress import watched
 from .tasks import image_pixels, image_size, list_images, plain_image, write_safely
 from .network import Conv4, Weights, task_batched
 from .maml import MetaParameters, at_step, load_meta, save_meta
@@ -293,7 +294,7 @@ def load(cls:FewShotClassifier,
 # %% ../nbs/10_your_images.ipynb #185e5514
 def _readable(files, model, say): # class, path and pixels of those that can be read
     good = []
-    for label,path,_ in files:
+    for label,path,_ in watched(files, len(files), 'reading', 'images'):
         try: good.append((label, path, image_batch([path], model.channels, model.size)[0]))
         except ValueError as e: say(f'left out: {e}')
     return good

@@ -15,6 +15,7 @@ from fastcore.script import Param, anno_parser
 from matplotlib.figure import Figure
 import mamlpp_nb
 from .machine import pick_device
+from .progress import tell
 from .tasks import data_sets, load_data, write_safely
 from .maml import Diverged, keep_freed_memory
 from .step_sizes import plot_step_sizes
@@ -47,8 +48,6 @@ def _preset_for(settings:dict)->str: # of own images, by their colours
     splits = load_data(settings['data'], **{k: settings[name] for k,name in own.items() if name in settings})
     return f"{'grey' if splits['train'].images.shape[1] == 1 else 'colour'}-images-5w1s"
 
-def _line(text:str)->None: print(text, flush=True)
-
 # %% ../nbs/a2_command_line.ipynb #e279f2df
 def train_preset(
     preset:Param('settings to begin with: omniglot-20w1s, -20w5s, -5w1s, -5w5s, mini-imagenet-5w1s, -5w5s as the published code has them; with -paper as the paper has them; grey-images-5w1s, -5w5s, colour-images-5w1s, -5w5s for --data PATH, where it may be left out', str, opt=False, nargs='?')='',
@@ -71,7 +70,7 @@ def train_preset(
     configs = [dataclasses.replace(config, seed=s) for s in seed_list(seeds)] if seeds else [config]
     folders = [Path(out)/f'seed{c.seed}' if out and seeds else Path(out) if out else _folder(preset, c) for c in configs]
     world = join_world(pick_device(device))
-    say = _line if world.rank == 0 else lambda text: None
+    say = tell if world.rank == 0 else lambda text: None
     for c,folder in zip(configs, folders): say(f'{preset}, {c.method}, seed {c.seed}: {c.epochs} epochs of {c.iterations} outer steps, in {folder}')
     status = train_and_test(configs, folders, world=world, minutes=minutes or None, say=say, tensorboard=tensorboard, capture=not no_capture,
                             compiled=False if no_compile else None)
@@ -114,7 +113,7 @@ def evaluate_run(
     for name,value in (('tasks', tasks), ('steps', steps)):
         if value < 0: raise ValueError(f'{name} must be at least 0, got {value}')
     norms = tuple(target_norms) if norm == 'all' else (norm,)
-    tested = test_run(run, None, World(device=pick_device(device)), split, tasks or None, steps or None, norms, permutations, _line)
+    tested = test_run(run, None, World(device=pick_device(device)), split, tasks or None, steps or None, norms, permutations, tell)
     print(test_table(tested))
     if record: write_safely(Path(record), lambda draft: draft.write_text(jsons.dumps(tested, indent=1)))
     if json: print(jsons.dumps(tested))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 from .machine import pick_device, processor, provenance
-from .progress import Plan
+from .progress import Plan, tell
 from .tasks import ClassImages, EpisodeSampler, cache_folder, characters, data_root, plot_episode, write_safely
 from .network import Conv4, task_batched
 from .maml import MetaParameters, Progress, at_step, evaluate, inner_loop, load_meta, recent, train
@@ -38,13 +38,13 @@ class QuickConfig:
     strided:bool = False    # strided convolutions instead of pooling
     n_steps:int = 5         # inner steps
     inner_lr:float = .1     # inner step size to begin with
-    schedule:Schedule = Schedule(n_epochs=30, multi_step_epochs=3, first_order_epochs=10, outer_lr=3e-3, last_outer_lr=3e-5)
-    n_tasks:int = 4         # tasks per outer step
+    schedule:Schedule = Schedule(n_epochs=30, multi_step_epochs=3, first_order_epochs=15, outer_lr=3e-3, last_outer_lr=3e-5)
+    n_tasks:int = 2         # tasks per outer step
     test_tasks:int = 200    # meta-test tasks the accuracies are averaged over
     tests:tuple = ('targets','support') # how the targets are normalised in the test: see `test_ways`
     seed:int = 0            # of the initial weights and of the episodes
 
-quick_steps = 600 # outer steps, unless others are asked for
+quick_steps = 800 # outer steps, unless others are asked for
 
 def epoch_at(
     iteration:int, # outer step, from 0
@@ -98,7 +98,7 @@ def grade(
 ):
     "Accuracy on never-seen classes, as `evaluate` says it"
     return evaluate(q.forward, meta, q.test, n_tasks or q.config.test_tasks, q.config.n_steps,
-                    predict=q.predicts[way], adapt=fast_inner_loop(q.net), tick=tick)
+                    portion=20, predict=q.predicts[way], adapt=fast_inner_loop(q.net), tick=tick)
 
 def draw_answers(
     q:Quick, # from `assemble`
@@ -192,8 +192,8 @@ def make_plan(
 )->Plan:
     "Everything a run will do, with times"
     n, start = q.config.test_tasks, time.monotonic()
-    grade(q, q.meta, n_tasks=4)
-    per_task, plan = (time.monotonic()-start)/4, Plan(say)
+    grade(q, q.meta, n_tasks=8)
+    per_task, plan = (time.monotonic()-start)/8, Plan(say)
     plan.add('test of the untrained network', n, 'tasks', per_task)
     for phase,seconds,steps in parts: plan.add(str(phase), len(steps), 'outer steps', seconds)
     for way in q.config.tests: plan.add(f'test, normalised by {way}', n, 'tasks', per_task)
@@ -264,14 +264,12 @@ def quickstart(
     name, splits = characters(data)
     print(f'data: {name}, {len(splits["train"])} classes to learn from, {len(splits["test"])} never-seen classes to be tested on')
     if data == 'auto' and name == 'glyphs': print(f'(no Omniglot under {data_root()}; `--data omniglot` downloads it there)')
-    record = run_quickstart(QuickConfig(name, method, seed=seed), splits, device, folder, iterations, minutes, _line)
+    record = run_quickstart(QuickConfig(name, method, seed=seed), splits, device, folder, iterations, minutes, tell)
     record['cold_cache'] = cold
     write_safely(folder/'record.json', lambda draft: draft.write_text(dumps(record)))
     _report(record, folder)
     if json: print(dumps(_brief(record, folder)))
     return 0 if record['iterations'] == record['planned'] else 130
-
-def _line(text:str)->None: print(text, flush=True)
 
 def _report(record:dict, folder:Path)->None:
     print(f"{record['iterations']} outer steps in {record['seconds_training']:.0f} s" + ('' if record['iterations'] == record['planned'] else f" of {record['planned']}: unfinished"))
@@ -291,8 +289,8 @@ def _brief(record:dict, folder:Path)->dict: # what a script may want to know
 
 # %% ../nbs/a0_quickstart.ipynb #c10d0001
 _calm = Schedule(n_epochs=30, multi_step_epochs=3, first_order_epochs=10, outer_lr=1e-3, last_outer_lr=1e-5)
-_first = {'filters': 64, 'schedule': Schedule(n_epochs=30, multi_step_epochs=3, first_order_epochs=10, outer_lr=2e-3, last_outer_lr=2e-5)}
-_unsteady = {'filters': 64, 'n_target': 1, 'inner_lr': .4, 'schedule': _calm, 'test_tasks': 40} # chapter 3: where MAML breaks
+_first = {'filters': 64, 'n_tasks': 4, 'schedule': Schedule(n_epochs=30, multi_step_epochs=3, first_order_epochs=10, outer_lr=2e-3, last_outer_lr=2e-5)}
+_unsteady = {'filters': 64, 'n_tasks': 4, 'n_target': 1, 'inner_lr': .4, 'schedule': _calm, 'test_tasks': 40} # chapter 3: where MAML breaks
 _cures = ('maml', *(f'maml+{part}' for part in parts), 'mamlpp')
 
 book_runs = { # folder: (methods, settings of QuickConfig, outer steps)

@@ -11,7 +11,7 @@ __all__ = ['split_sizes', 'data_sets', 'ClassImages', 'from_labels', 'random_bit
 
 # %% ../nbs/00_tasks.ipynb #00000003
 import collections, collections.abc as abc
-import csv, dataclasses, functools, hashlib, io, itertools, json, math, os, sys, warnings, zipfile
+import csv, dataclasses, functools, hashlib, io, itertools, json, math, os, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F, matplotlib.pyplot as plt
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 import mamlpp_nb
-from .progress import Plan
+from .progress import watched
 
 # %% ../nbs/00_tasks.ipynb #00000007
 class ClassImages:
@@ -273,14 +273,6 @@ def _decode(path:str, read:abc.Callable, size:int|None, mode:str)->np.ndarray: #
     return _opened(path, read, lambda image: image_pixels(plain_image(image, mode), size))
 
 # %% ../nbs/00_tasks.ipynb #00000027
-def _watched(images:abc.Iterable, n:int)->abc.Iterator: # with a bar, or a line now and then
-    plan = Plan(lambda text: print(text, file=sys.stderr, flush=True))
-    plan.add('decoding', n, 'images')
-    with plan.doing('decoding') as tick:
-        for image in images:
-            yield image
-            tick()
-
 def read_images(
     files:list, # from `list_images`
     size:int|None=None, # resize to this height and width in pixels; None: all must already be alike
@@ -295,9 +287,11 @@ def read_images(
         except ValueError as e:
             if refused is None: raise
             return str(e)
-    with ThreadPoolExecutor() as pool: # Pillow decodes outside Python's lock, so threads use all cores
-        decoded = (image for start in range(0, len(files), 1000) for image in pool.map(decode, files[start:start+1000]))
-        for (name,path,_),image in zip(files, _watched(decoded, len(files))):
+    large = len(files[0][2]()) > 50_000 # bytes; Pillow decodes outside Python's lock, but small files only wait for each other at it
+    with ThreadPoolExecutor() as pool:
+        each = pool.map if large else map
+        decoded = (image for start in range(0, len(files), 1000) for image in each(decode, files[start:start+1000]))
+        for (name,path,_),image in zip(files, watched(decoded, len(files), 'decoding', 'images')):
             if isinstance(image, str): refused.append(image); continue
             if pixels is None: pixels, first = np.empty((len(files), *image.shape), np.uint8), path
             if image.shape != pixels.shape[1:]:

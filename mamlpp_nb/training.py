@@ -632,7 +632,7 @@ def _to(end, seeds, steps, world, stop, tick, pace, keep_every)->float: # outer 
         for state in states: state.seconds += now-lap
         pace = sum_over(world, [torch.tensor([(now-lap)/n], dtype=torch.float64, device=world.device)])[0].item()/world.size # of all processes together: they must agree on the next stretch
         tick(n, recent_steps(states))
-        if states[0].iteration < end and stop(): break
+        if states[0].iteration == end or stop(): break # at the end of an epoch its line comes first: see `_finish_epoch`
         if world.rank == 0 and now-kept > keep_every:
             _keep_all(seeds)
             kept = time.monotonic()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import mamlpp_nb
-from mamlpp_nb.quickstart import book_runs, run_settings
+from mamlpp_nb.quickstart import QuickConfig, book_runs, quick_steps, run_settings
 
 root = Path(__file__).parent.parent
 notebooks = sorted(root.glob('nbs/*.ipynb'))
@@ -47,7 +47,7 @@ def test_no_public_name_is_exported_twice():
 def test_every_record_says_where_it_comes_from():
     results = root / 'nbs/results'
     kept = {p.relative_to(results).with_suffix('').as_posix(): json.loads(p.read_text()) for p in results.glob('**/*.json')}
-    assert {'quickstart-omniglot-maml', 'quickstart-omniglot-mamlpp', 'bench-cpu', 'chapters'} <= set(kept)
+    assert {'strangers/quickstart-omniglot-mamlpp-0-avx2', 'bench-cpu', 'chapters'} <= set(kept)
     for name, record in kept.items():
         for r in record.values() if name == 'chapters' else record.get('starts', [record]):
             assert re.fullmatch(r'[0-9a-f]{12}', r['commit']), f'{name}: made from uncommitted code' # no '+'
@@ -55,12 +55,45 @@ def test_every_record_says_where_it_comes_from():
     assert set(kept['chapters']) == {p.stem for p in chapters}
 
 
+def strangers(what): return [json.loads(p.read_text()) for p in sorted((root / 'nbs/results/strangers').glob(f'{what}-*.json'))]
+
+
+def of(runs, data, method): return [r for r in runs if (r['config']['data'], r['config']['method']) == (data, method)]
+
+
 def test_the_readme_says_what_the_records_say():
     readme = (root / 'README.md').read_text()
-    for name in ('maml', 'mamlpp'):
-        r = json.loads((root / f'nbs/results/quickstart-omniglot-{name}.json').read_text())
-        assert f"{100 * r['accuracy'][-1]:.1f} ± {100 * r['ci95'][-1]:.1f} | `{r['commit']}`" in readme
+    runs = strangers('quickstart')
+    assert {(r['config']['data'], r['config']['method'], r['config']['seed']) for r in runs} >= {('omniglot', m, s) for m in ('maml', 'mamlpp') for s in range(3)}
+    for r in runs:
+        end = f"{100 * r['accuracy'][-1]:.1f} ± {100 * r['ci95'][-1]:.1f} | `{r['commit']}`"
+        assert f"| {r['config']['seed']} | {r['iterations']} | {r['wall_seconds']:.0f} | {r['processor']} |" in readme and end in readme
+    for data in {r['config']['data'] for r in runs}:
+        kind = [r for r in of(runs, data, 'mamlpp') if r['processor'] == runs[0]['processor']]
+        each = ', '.join(f"{100 * r['accuracy'][-1]:.1f}" for r in kind)
+        mean = sum(100 * r['accuracy'][-1] for r in kind) / len(kind)
+        assert f'{mean:.1f} % on never-seen classes of {data} after {quick_steps} outer steps (seeds 0, 1, 2: {each})' in readme
+        assert f"{max(r['wall_seconds'] for r in kind):.0f} s on {kind[0]['processor']}" in readme
+    for r in strangers('bench'):
+        for row in r['rows']: assert f"| {row['workload']} | {row['way']} | {row['seconds']:.2f} | {row['spread']:.2f} | {row['ratio']:.2f} |" in readme
+    for r in strangers('tests'): assert f"{r['wall_seconds']/60:.0f} minutes on {r['processor']}" in readme
     for p in chapters: assert f'](nbs/{p.name})' in readme
+
+
+def test_the_records_are_of_what_the_command_does_now_and_keep_the_promise():
+    runs = strangers('quickstart')
+    for r in runs:
+        wanted = QuickConfig(r['config']['data'], r['config']['method'], seed=r['config']['seed'])
+        assert r['config'] == json.loads(json.dumps(dataclasses.asdict(wanted))) and r['iterations'] == r['planned'] == quick_steps
+        assert r['cold_cache'] and r['wall_seconds'] <= 180, 'the front page promises three minutes, cold'
+    ours, theirs = (of(runs, 'omniglot', m) for m in ('mamlpp', 'maml'))
+    accuracy = [r['accuracy'][-1] for r in ours]
+    assert min(accuracy) >= .88 and sum(accuracy) / len(accuracy) >= .9
+    by_seed = {r['config']['seed']: r['accuracy'][-1] for r in theirs}
+    assert all(r['accuracy'][-1] > by_seed[r['config']['seed']] for r in ours) # MAML beside it
+    for r in strangers('bench'):
+        for row in r['rows']: assert row['spread'] <= row['seconds'] / 4, f"{row['workload']}, {row['way']}: measure it again"
+    for r in strangers('tests'): assert r['wall_seconds'] <= 15 * 60
 
 
 def test_one_version_everywhere():
