@@ -158,6 +158,15 @@ assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
     assert len(lines) == 1 and 'torch.compile does not work here' in lines[0]
 
 
+def test_programs_are_to_be_kept_in_the_cache_folder_unless_somebody_chose_another(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    for chosen, kept in (('/tmp/torchinductor_me', tmp_path / 'mamlpp_nb/compiled'), (str(tmp_path / 'mine'), tmp_path / 'mine')):
+        monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', chosen)
+        speed._Fused(torch.sin)._compiled() # compiles at its first call, which never comes
+        assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == str(kept)
+
+
+@pytest.mark.weekly
 def test_programs_are_kept_in_the_cache_folder(tmp_path):
     code = """
 import torch
