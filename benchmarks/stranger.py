@@ -1,6 +1,7 @@
 """What a newcomer meets: the README's commands with empty caches, timed from outside, written down with the machine.
 
     python benchmarks/stranger.py quickstart        MAML++ and MAML, seeds 0 to 2, each with caches of its own
+    python benchmarks/stranger.py quickstart --methods maml --at-once
     python benchmarks/stranger.py bench             speed against the naive loop, compiled and not
     python benchmarks/stranger.py tests             the test command in a fresh clone, installation included
     python benchmarks/stranger.py quickstart --held-to-avx2
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mamlpp_nb.machine import processor, provenance
@@ -58,33 +60,39 @@ def keep(name, record, env):
     print(f'{path}: {record["wall_seconds"]} s', flush=True)
 
 
-def quickstart(held_back, data):
-    for method in ('mamlpp', 'maml'):
-        for seed in range(3):
-            with tempfile.TemporaryDirectory() as folder:
-                env = environment(folder, held_back)
-                words = ['quickstart', '--data', data, '--method', method, '--seed', str(seed), '--out', f'{folder}/run']
-                wall = timed([sys.executable, '-m', 'mamlpp_nb.cli', *words], env)
-                record = json.loads(Path(folder, 'run/record.json').read_text(encoding='utf-8'))
-                keep(f'quickstart-{data}-{method}-{seed}', {**_short(record), 'wall_seconds': wall, 'held_back': held_back}, env)
+def quickstart(chosen):
+    runs = [(method, seed) for method in chosen.methods for seed in range(3)]
+    with ThreadPoolExecutor(len(runs) if chosen.at_once else 1) as pool: list(pool.map(lambda run: one_quickstart(chosen, *run), runs))
 
 
-def bench(held_back, data):
+def one_quickstart(chosen, method, seed):
+    "A run with caches of its own; its time counts only if it ran alone."
     with tempfile.TemporaryDirectory() as folder:
-        env, made = environment(folder, held_back), Path(folder, 'record.json')
+        env = environment(folder, chosen.held_to_avx2)
+        if chosen.at_once: env['OMP_NUM_THREADS'] = '1'
+        words = ['quickstart', '--data', chosen.data, '--method', method, '--seed', str(seed), '--out', f'{folder}/run']
+        wall = timed([sys.executable, '-m', 'mamlpp_nb.cli', *words], env)
+        record = _short(json.loads(Path(folder, 'run/record.json').read_text(encoding='utf-8')))
+        extra = {'wall_seconds': None if chosen.at_once else wall, 'held_back': chosen.held_to_avx2}
+        keep(f'quickstart-{chosen.data}-{method}-{seed}', {**record, **extra}, env)
+
+
+def bench(chosen):
+    with tempfile.TemporaryDirectory() as folder:
+        env, made = environment(folder, chosen.held_to_avx2), Path(folder, 'record.json')
         words = ['bench', '--ways', 'naive,written out,fast', '--device', 'cpu', '--record', str(made)]
         wall = timed([sys.executable, '-m', 'mamlpp_nb.cli', *words], env)
-        keep('bench', {**json.loads(made.read_text(encoding='utf-8')), 'wall_seconds': wall, 'held_back': held_back}, env)
+        keep('bench', {**json.loads(made.read_text(encoding='utf-8')), 'wall_seconds': wall, 'held_back': chosen.held_to_avx2}, env)
 
 
-def tests(held_back, data):
+def tests(chosen):
     readme = (root / 'README.md').read_text(encoding='utf-8')
     command = next(line for line in readme.splitlines() if 'bash tests/all.sh' in line)
     with tempfile.TemporaryDirectory() as folder:
-        env = environment(folder, held_back)
+        env = environment(folder, chosen.held_to_avx2)
         subprocess.run(['git', 'clone', '-q', str(root), f'{folder}/clone'], check=True)
         wall = timed(['bash', '-c', command], env, f'{folder}/clone')
-        keep('tests', {'command': command, 'data': bool(os.environ.get('MAMLPP_DATA')), 'wall_seconds': wall, 'held_back': held_back, **provenance('cpu')}, env)
+        keep('tests', {'command': command, 'data': bool(os.environ.get('MAMLPP_DATA')), 'wall_seconds': wall, 'held_back': chosen.held_to_avx2, **provenance('cpu')}, env)
 
 
 def _short(value): # six digits are enough for a chart
@@ -98,6 +106,8 @@ if __name__ == '__main__':
     parser.add_argument('what', choices=['quickstart', 'bench', 'tests'])
     parser.add_argument('--held-to-avx2', action='store_true')
     parser.add_argument('--data', default='omniglot', choices=['omniglot', 'glyphs'])
-    chosen = parser.parse_args()
+    parser.add_argument('--methods', nargs='+', default=['mamlpp', 'maml'])
+    parser.add_argument('--at-once', action='store_true', help='all seeds side by side, a thread each: accuracies, no times')
+    arguments = parser.parse_args()
     print(processor(), flush=True)
-    globals()[chosen.what](chosen.held_to_avx2, chosen.data)
+    {'quickstart': quickstart, 'bench': bench, 'tests': tests}[arguments.what](arguments)

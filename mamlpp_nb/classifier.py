@@ -16,7 +16,6 @@ from fastcore.script import Param
 from PIL import Image, UnidentifiedImageError
 from safetensors import safe_open
 from torch import nn, Tensor
-from torchvision.transforms import Normalize
 import mamlpp_nb
 from .progress import watched
 from .tasks import image_pixels, image_size, list_images, plain_image, write_safely
@@ -140,7 +139,10 @@ def as_module(
     net = Conv4(len(weights['head.bias']), model.channels, model.size, c.filters, c.strided).to(weights['head.bias'].dtype)
     for i in range(4): setattr(net, f'norm{i}', nn.BatchNorm2d(c.filters, track_running_stats=frozen, dtype=weights['head.bias'].dtype))
     net.load_state_dict(weights, strict=False) # only batch norm's counters are missing
-    shift = [Normalize(*imagenet_colours)] if c.normalise else []
+    shift = []
+    if c.normalise:
+        from torchvision.transforms import Normalize # a second that other commands need not wait
+        shift = [Normalize(*imagenet_colours)]
     return nn.Sequential(*shift, net, nn.Softmax(1)).eval().requires_grad_(False)
 
 # %% ../nbs/10_your_images.ipynb #c3893205

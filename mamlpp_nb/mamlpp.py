@@ -151,6 +151,6 @@ def method_loop(
     gradient:abc.Callable=meta_gradient, # what computes an outer step's gradient
 )->abc.Iterator[Progress]: # endless
     "Meta-training by a method: `outer_loop` with everything that is annealed"
-    adam = torch.optim.Adam(meta.learned().values(), lr=schedule.outer_lr)
+    adam = torch.optim.Adam(meta.learned().values(), lr=schedule.outer_lr, fused=True)
     return outer_loop(forward, meta, sampler, adam, n_tasks, first, lambda i: loss_parts(method, schedule, epoch_of(i), n_steps),
                       lambda i: outer_rate(method, schedule, epoch_of(i)), gradient)

@@ -19,10 +19,11 @@ from .machine import pick_device, processor, provenance
 from .progress import Plan, tell
 from .tasks import ClassImages, EpisodeSampler, cache_folder, characters, data_root, plot_episode, write_safely
 from .network import Conv4, task_batched
-from .maml import MetaParameters, Progress, at_step, evaluate, inner_loop, load_meta, recent, train
+from .maml import Evaluation, MetaParameters, Progress, at_step, inner_loop, load_meta, recent, train
 from .per_step_norm import gather_statistics, predict_targets
 from .mamlpp import Method, Phase, Schedule, find_method, method_loop, method_parameters, methods, parts, phases
-from .speed import fast_gradient, fast_inner_loop, fast_predicts
+from .speed import fast_gradient, fast_predicts
+from .evaluation import step_logits
 from .training import Config, noted_signals
 
 # %% ../nbs/a0_quickstart.ipynb #00000006
@@ -92,13 +93,18 @@ def assemble(
 def grade(
     q:Quick, # from `assemble`
     meta:MetaParameters, # what was learned
-    way:str='targets', # how targets are normalised
+    ways:abc.Sequence[str]=('targets',), # how targets are normalised
     n_tasks:int|None=None, # None: as configured
     tick:abc.Callable[[int],None]=lambda n: None, # told how many more tasks are graded
-):
-    "Accuracy on never-seen classes, as `evaluate` says it"
-    return evaluate(q.forward, meta, q.test, n_tasks or q.config.test_tasks, q.config.n_steps,
-                    portion=20, predict=q.predicts[way], adapt=fast_inner_loop(q.net), tick=tick)
+)->dict[str,Evaluation]: # for each way
+    "Accuracy on never-seen classes; each task is adapted to once, whatever the number of ways"
+    n_tasks, predicts, right = n_tasks or q.config.test_tasks, {way: q.predicts[way] for way in ways}, {way: [] for way in ways}
+    for first in range(0, n_tasks, 20):
+        e = q.test(first, min(20, n_tasks-first))
+        said = step_logits(q.forward, meta, e, predicts, q.config.n_steps)
+        for way,logits in said.items(): right[way].append((logits.argmax(-1) == e.target_y).double().mean(-1).T)
+        tick(len(e))
+    return {way: Evaluation(torch.cat(r).cpu()) for way,r in right.items()}
 
 def draw_answers(
     q:Quick, # from `assemble`
@@ -196,7 +202,7 @@ def make_plan(
     per_task, plan = (time.monotonic()-start)/8, Plan(say)
     plan.add('test of the untrained network', max(2, n//2), 'tasks', per_task)
     for phase,seconds,steps in parts: plan.add(str(phase), len(steps), 'outer steps', seconds)
-    for way in q.config.tests: plan.add(f'test, normalised by {way}', n, 'tasks', per_task)
+    plan.add('test', n, 'tasks', per_task*(1 + len(q.config.tests))/2)
     return plan
 
 def run_quickstart(
@@ -215,7 +221,7 @@ def run_quickstart(
     parts = stretches(paces, n_iterations)
     plan = make_plan(q, parts, say)
     plan.announce(processor() if device == 'cpu' else device)
-    with plan.doing('test of the untrained network') as tick: untrained = grade(q, q.meta, n_tasks=max(2, config.test_tasks//2), tick=tick)
+    with plan.doing('test of the untrained network') as tick: untrained = grade(q, q.meta, n_tasks=max(2, config.test_tasks//2), tick=tick)['targets']
     about = {**dataclasses.asdict(config), 'config': dataclasses.asdict(as_config(config, n_iterations)), 'planned': n_iterations}
     begin_training = time.monotonic()
     history, ended = learn(q, parts, plan, folder/'meta.safetensors', about)
@@ -228,12 +234,10 @@ def run_quickstart(
     write_safely(folder/'record.json', lambda draft: draft.write_text(dumps(record)))
     return record
 
-def _tests(q, plan)->dict: # by every way to normalise that was asked for
-    c, results = q.config, {}
+def _tests(q, plan)->dict[str,Evaluation]: # by every way to normalise that was asked for
+    c = q.config
     gathered = gather_statistics(q.net, q.meta, q.deal, c.test_tasks, c.n_steps) if 'running' in c.tests else q.meta
-    for way in c.tests:
-        with plan.doing(f'test, normalised by {way}') as tick: results[way] = grade(q, gathered, way, tick=tick)
-    return results
+    with plan.doing('test') as tick: return grade(q, gathered, c.tests, tick=tick)
 
 def _record(q, history, results)->dict: # what was learned and how it went
     return {'config': dataclasses.asdict(q.config), 'iterations': len(history),

@@ -245,6 +245,7 @@ def plain_image(
 )->Image.Image: # upright as its EXIF data say, transparency on white, 16 bits scaled to 8; of an animation the first frame
     "A picture as people see it"
     if image.width*image.height > _most_pixels: raise ValueError(f'{image.width}x{image.height} pixels, more than the {_most_pixels/1e6:.0f} million an image may have')
+    if mode == '1' == image.mode and not image.getexif(): return image # nothing to do, 32,460 times
     image = ImageOps.exif_transpose(image)
     if image.mode == 'F': raise ValueError('pixels are floating-point numbers, and nothing says how bright 1 is')
     if image.mode.startswith('I'): image = Image.fromarray((np.asarray(image).clip(0, 65535)/257).round().astype(np.uint8))

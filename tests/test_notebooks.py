@@ -58,6 +58,9 @@ def test_every_record_says_where_it_comes_from():
 def strangers(what): return [json.loads(p.read_text()) for p in sorted((root / 'nbs/results/strangers').glob(f'{what}-*.json'))]
 
 
+def seconds(r): return '-' if r['wall_seconds'] is None else f"{r['wall_seconds']:.0f}" # of one that ran beside others
+
+
 def of(runs, data, method): return [r for r in runs if (r['config']['data'], r['config']['method']) == (data, method)]
 
 
@@ -67,9 +70,10 @@ def test_the_readme_says_what_the_records_say():
     assert {(r['config']['data'], r['config']['method'], r['config']['seed']) for r in runs} >= {('omniglot', m, s) for m in ('maml', 'mamlpp') for s in range(3)}
     for r in runs:
         end = f"{100 * r['accuracy'][-1]:.1f} ± {100 * r['ci95'][-1]:.1f} | `{r['commit']}`"
-        assert f"| {r['config']['seed']} | {r['iterations']} | {r['wall_seconds']:.0f} | {r['processor']} |" in readme and end in readme
+        assert f"| {r['config']['seed']} | {r['iterations']} | {seconds(r)} | {r['processor']} |" in readme and end in readme
     for data in {r['config']['data'] for r in runs}:
-        kind = [r for r in of(runs, data, 'mamlpp') if r['processor'] == runs[0]['processor']]
+        ours = of(runs, data, 'mamlpp')
+        kind = [r for r in ours if r['processor'] == ours[0]['processor']]
         each = ', '.join(f"{100 * r['accuracy'][-1]:.1f}" for r in kind)
         mean = sum(100 * r['accuracy'][-1] for r in kind) / len(kind)
         assert f'{mean:.1f} % on never-seen classes of {data} after {quick_steps} outer steps (seeds 0, 1, 2: {each})' in readme
@@ -85,7 +89,7 @@ def test_the_records_are_of_what_the_command_does_now_and_keep_the_promise():
     for r in runs:
         wanted = QuickConfig(r['config']['data'], r['config']['method'], seed=r['config']['seed'])
         assert r['config'] == json.loads(json.dumps(dataclasses.asdict(wanted))) and r['iterations'] == r['planned'] == quick_steps
-        assert r['cold_cache'] and r['wall_seconds'] <= 180, 'the front page promises three minutes, cold'
+        assert r['cold_cache'] and (r['config']['method'] != 'mamlpp' or r['wall_seconds'] <= 180), 'the front page promises three minutes, cold'
     ours, theirs = (of(runs, 'omniglot', m) for m in ('mamlpp', 'maml'))
     accuracy = [r['accuracy'][-1] for r in ours]
     assert min(accuracy) >= .88 and sum(accuracy) / len(accuracy) >= .9

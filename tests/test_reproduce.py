@@ -28,6 +28,7 @@ short = dataclasses.replace(tiny_run, epochs=2, n_steps=2, seed=0)
 def table(monkeypatch, drawn):
     "Two short rows on few classes."
     few = {s: d.select(range(30), s) for s, d in drawn.items()}
+    for page in ('evaluation', 'training'): monkeypatch.setattr(f'mamlpp_nb.{page}.gathered_tasks', 8) # instead of 100
     monkeypatch.setattr(module, 'load_data', lambda name: few)
     monkeypatch.setitem(tables, 'short', {'a': Row(short, (50., 1.)), 'b': Row(dataclasses.replace(short, method='maml'))})
 
@@ -133,6 +134,7 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, monkeypatch):
 def test_a_row_of_each_table_begins_on_this_machine(name, row, filters, tmp_path, capsys, monkeypatch):
     "One seed, two outer steps on glyphs; `mamlpp reproduce TABLE --trial` does it for all rows at full width on the real data."
     if filters:
+        for page in ('evaluation', 'training'): monkeypatch.setattr(f'mamlpp_nb.{page}.gathered_tasks', 8) # instead of 100
         full = tables[name][row]
         monkeypatch.setitem(tables, name, {row: full._replace(config=dataclasses.replace(full.config, filters=filters))})
     assert main(['reproduce', name, '--only', row, '--seeds', '0', '--trial', '--data', 'glyphs', '--device', 'cpu', '--out', str(tmp_path), '--json']) == 0
