@@ -2,7 +2,7 @@
 
     python benchmarks/stranger.py quickstart        MAML++ and MAML, seeds 0 to 2, each with caches of its own
     python benchmarks/stranger.py quickstart --methods maml --at-once
-    python benchmarks/stranger.py bench             speed against the naive loop, compiled and not
+    python benchmarks/stranger.py bench             speed against the naive loop; --ways 'naive,written out,fast' compiles, too
     python benchmarks/stranger.py tests             the test command in a fresh clone, installation included
     python benchmarks/stranger.py quickstart --held-to-avx2
 
@@ -80,7 +80,7 @@ def one_quickstart(chosen, method, seed):
 def bench(chosen):
     with tempfile.TemporaryDirectory() as folder:
         env, made = environment(folder, chosen.held_to_avx2), Path(folder, 'record.json')
-        words = ['bench', '--ways', 'naive,written out,fast', '--device', 'cpu', '--record', str(made)]
+        words = ['bench', '--ways', chosen.ways, '--device', 'cpu', '--record', str(made)]
         wall = timed([sys.executable, '-m', 'mamlpp_nb.cli', *words], env)
         keep('bench', {**json.loads(made.read_text(encoding='utf-8')), 'wall_seconds': wall, 'held_back': chosen.held_to_avx2}, env)
 
@@ -107,6 +107,7 @@ if __name__ == '__main__':
     parser.add_argument('--held-to-avx2', action='store_true')
     parser.add_argument('--data', default='omniglot', choices=['omniglot', 'glyphs'])
     parser.add_argument('--methods', nargs='+', default=['mamlpp', 'maml'])
+    parser.add_argument('--ways', default='naive,written out', help='of `mamlpp bench`; with fast, the compiler is waited for')
     parser.add_argument('--at-once', action='store_true', help='all seeds side by side, a thread each: accuracies, no times')
     arguments = parser.parse_args()
     print(processor(), flush=True)
