@@ -200,7 +200,7 @@ def measure(
     tries = []
     while not tries or (_unrest(tries[-1]) > .25 and len(tries) < patience):
         if tries: say(f'{name}: a spread above a quarter of the median; measured again')
-        plan.parts[name].done = 0
+        plan.add(name, rounds, 'rounds', sum(again.values())) # anew
         tries.append(_rounds(steps, rounds, plan, name))
     laps, amount = min(tries, key=_unrest), arithmetic(workload)
     seconds = {way: np.array(laps[way])/(ways[way].seeds*ways[way].at_once) for way in chosen}
