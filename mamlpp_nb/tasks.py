@@ -274,6 +274,10 @@ def _decode(path:str, read:abc.Callable, size:int|None, mode:str)->np.ndarray: #
     return _opened(path, read, lambda image: image_pixels(plain_image(image, mode), size))
 
 # %% ../nbs/00_tasks.ipynb #00000027
+def _is_large(file:tuple)->bool: # one that can't be read is named by whoever decodes it
+    try: return len(file[2]()) > 50_000 # bytes
+    except Exception: return False
+
 def read_images(
     files:list, # from `list_images`
     size:int|None=None, # resize to this height and width in pixels; None: all must already be alike
@@ -288,9 +292,8 @@ def read_images(
         except ValueError as e:
             if refused is None: raise
             return str(e)
-    large = len(files[0][2]()) > 50_000 # bytes; Pillow decodes outside Python's lock, but small files only wait for each other at it
     with ThreadPoolExecutor() as pool:
-        each = pool.map if large else map
+        each = pool.map if _is_large(files[0]) else map # Pillow decodes outside Python's lock, but small files only wait for each other at it
         decoded = (image for start in range(0, len(files), 1000) for image in each(decode, files[start:start+1000]))
         for (name,path,_),image in zip(files, watched(decoded, len(files), 'decoding', 'images')):
             if isinstance(image, str): refused.append(image); continue

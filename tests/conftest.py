@@ -61,3 +61,11 @@ def numbered(counts, split='train', size=2):
     rows = torch.arange(n)
     images = torch.stack([rows % 256, rows // 256] * (size * size // 2), -1).to(torch.uint8)
     return ClassImages(images.view(n, 1, size, size), counts, [f'class{i}' for i in range(len(counts))], split)
+
+
+_longest = ('never_stopped', 'two_processes', 'without_a_compiler', 'compiled_pass', 'captured_step', 'many_small_pieces', 'end_with_their_exit_codes')
+
+
+def pytest_collection_modifyitems(items):
+    "The longest first: two processes should end together."
+    items.sort(key=lambda item: not any(name in item.name for name in _longest))
