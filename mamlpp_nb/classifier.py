@@ -105,7 +105,8 @@ def _pretrained(path:Path, changed:float)->Pretrained:
     meta = MetaParameters(*({k: average.get(f'{group}/{k}', t).detach() for k,t in table.items()} for group,table in meta._asdict().items()))
     differ = [k for k,w in net.named_parameters() if {**meta.start, **{k: t[0] for k,t in meta.per_step.items()}}.get(k, torch.empty(0)).shape != w.shape]
     if differ: raise ValueError(f'{path} does not fit the network of its settings: {differ[0]} and {len(differ)-1} others differ')
-    return Pretrained(meta, net, config, channels, size)
+    done, planned = about.get('iterations', 0), about.get('planned', 0) # of a quickstart, which may have been interrupted
+    return Pretrained(meta, net, config, channels, size, f'{done} of {planned} outer steps' if done < planned else '')
 
 def read_pretrained(
     model:str|Path, # 'omniglot', or a path: of a run of `mamlpp train`, whose best model is meant, or of `mamlpp quickstart`; or of a file from one, from `save_meta`, or from `FewShotClassifier.save`
@@ -117,17 +118,13 @@ def read_pretrained(
     if not path.is_file():
         packaged = ', '.join(sorted(p.stem for p in models_folder.glob('*.safetensors')))
         raise ValueError(f"no model {str(model)!r}: neither a file, nor the folder of a run, nor one of {packaged}")
-    return _pretrained(path.resolve(), path.stat().st_mtime)._replace(unfinished=unfinished or _quick_unfinished(path))
+    found = _pretrained(path.resolve(), path.stat().st_mtime)
+    return found._replace(unfinished=unfinished) if unfinished else found
 
 def _model_in(folder:Path)->tuple[Path,str]: # of a run or a quickstart: the file of its best model, and how unfinished that is
     files = model_files(folder, 1)
     if not files: return folder/'meta.safetensors', ''
     return files[0], how_unfinished(folder, read_config(folder)[0])
-
-def _quick_unfinished(path:Path)->str: # of a quickstart that was interrupted
-    about = load_meta(path)[1]
-    done, planned = about.get('iterations', 0), about.get('planned', 0)
-    return f'{done} of {planned} outer steps' if done < planned else ''
 
 # %% ../nbs/10_your_images.ipynb #6e8a424e
 def as_module(

@@ -8,7 +8,7 @@ __all__ = ['quick_steps', 'test_ways', 'book_runs', 'QuickConfig', 'epoch_at', '
            'run_settings', 'make_runs']
 
 # %% ../nbs/a0_quickstart.ipynb #00000003
-import contextlib, dataclasses, itertools, math, signal, statistics, tempfile, time
+import dataclasses, itertools, math, signal, statistics, tempfile, time
 import collections.abc as abc
 from json import dumps
 from pathlib import Path
@@ -215,7 +215,7 @@ def run_quickstart(
     say:abc.Callable[[str],None]=print, # takes a line of text
 )->dict: # the record
     "Meta-train, test on never-seen classes, keep everything"
-    begin, q = time.monotonic(), assemble(config, splits, device)
+    begin, origin, q = time.monotonic(), provenance(device), assemble(config, splits, device) # the origin before the work: files may change meanwhile
     paces = pace(q, looks=3 if minutes else 1)
     n_iterations = affordable(paces, minutes) if minutes else n_iterations
     parts = stretches(paces, n_iterations)
@@ -228,7 +228,7 @@ def run_quickstart(
     trained = time.monotonic()
     results = _tests(q, plan)
     draw_answers(q, folder/'episode.png')
-    record = {**_record(q, history, results), **provenance(device), 'planned': n_iterations, 'second': ended,
+    record = {**_record(q, history, results), **origin, 'planned': n_iterations, 'second': ended,
               'epoch': [epoch_at(i, n_iterations, config.schedule.n_epochs) for i in range(len(history))],
               'accuracy_untrained': untrained.accuracy, 'seconds_training': trained-begin_training, 'seconds': time.monotonic()-begin}
     write_safely(folder/'record.json', lambda draft: draft.write_text(dumps(record)))
