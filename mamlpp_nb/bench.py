@@ -209,6 +209,7 @@ def measure(
              'gflops': float(amount/np.median(seconds[way])/1e9), 'busy': busy(steps[way], device), 'peak_gb': peak_gb(workload, way, device),
              'attempts': len(tries)} for way in chosen]
 
+# %% ../nbs/a1_benchmark.ipynb #000000c0
 def _lap(step)->float: # seconds
     start = time.perf_counter()
     step()

@@ -58,6 +58,7 @@ def refuse_test(
     if min(n_tasks-1, n_models, n_steps) < 1:
         raise ValueError(f'at least 2 tasks (an interval needs them), 1 model and 1 inner step; got {n_tasks}, {n_models} and {n_steps}')
 
+# %% ../nbs/a3_evaluation.ipynb #000000c0
 def test_models(
     net:nn.Module, # the network all models share
     models:abc.Sequence[MetaParameters], # best first

@@ -333,6 +333,7 @@ def train(
         keep()
     return history
 
+# %% ../nbs/02_maml.ipynb #000000c0
 _bar_format = '{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}'
 
 def recent(

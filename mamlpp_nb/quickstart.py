@@ -136,6 +136,7 @@ def pace(
         found.append((phase, statistics.median(laps[1:])))
     return found
 
+# %% ../nbs/a0_quickstart.ipynb #0000b0c0
 def affordable(
     paces:list[tuple[Phase,float]], # from `pace`
     minutes:float, # of training
@@ -191,6 +192,7 @@ def as_config(
                   multi_step_epochs=s.multi_step_epochs, first_order_epochs=s.first_order_epochs,
                   outer_lr=s.outer_lr, last_outer_lr=s.last_outer_lr)
 
+# %% ../nbs/a0_quickstart.ipynb #0000f0c0
 def make_plan(
     q:Quick, # from `assemble`
     parts:list[tuple[Phase,float,range]], # from `stretches`
@@ -205,6 +207,7 @@ def make_plan(
     plan.add('test', n, 'tasks', per_task*(1 + len(q.config.tests))/2)
     return plan
 
+# %% ../nbs/a0_quickstart.ipynb #0000f0c1
 def run_quickstart(
     config:QuickConfig, # what to do
     splits:dict[str,ClassImages], # the characters
@@ -234,6 +237,7 @@ def run_quickstart(
     write_safely(folder/'record.json', lambda draft: draft.write_text(dumps(record)))
     return record
 
+# %% ../nbs/a0_quickstart.ipynb #0000f0c2
 def _tests(q, plan)->dict[str,Evaluation]: # by every way to normalise that was asked for
     c = q.config
     gathered = gather_statistics(q.net, q.meta, q.deal, c.test_tasks, c.n_steps) if 'running' in c.tests else q.meta
@@ -275,6 +279,7 @@ def quickstart(
     if json: print(dumps(_brief(record, folder)))
     return 0 if record['iterations'] == record['planned'] else 130
 
+# %% ../nbs/a0_quickstart.ipynb #000000c0
 def _report(record:dict, folder:Path)->None:
     print(f"{record['iterations']} outer steps in {record['seconds_training']:.0f} s" + ('' if record['iterations'] == record['planned'] else f" of {record['planned']}: unfinished"))
     print('never-seen classes, 5-way 1-shot, accuracy with 95 % interval over tasks (untrained network in brackets):')

@@ -436,6 +436,7 @@ class Reporter:
         self.phase = found
         return str(found)
 
+# %% ../nbs/08_training.ipynb #000000c0
 def run_phases(config:Config)->list[Phase]: # as of `phases`
     "What the outer steps of a run compute, and when that changes"
     return phases(find_method(config.method), config.schedule, config.n_steps)
@@ -445,6 +446,7 @@ def recent_steps(states:abc.Sequence['State'])->str: # of all seeds
     loss, accuracy = np.mean([line[:2] for s in states for line in s.log[-20:]], axis=0)
     return f'loss {loss:.3f}, accuracy {accuracy:.3f}'
 
+# %% ../nbs/08_training.ipynb #000000c1
 @contextlib.contextmanager
 def _board(folder:Path, wanted:bool, epoch:int)->abc.Iterator[abc.Callable[[dict],None]]: # writes a line of metrics to TensorBoard
     if not wanted:
@@ -699,6 +701,7 @@ def load_models(
     if left: say(f'{folder} is unfinished: {left}')
     return models, names
 
+# %% ../nbs/08_training.ipynb #000000c2
 _states = ('last','previous') # files of a run's states, the newest first
 
 def model_files(
@@ -723,6 +726,7 @@ def how_unfinished(
     if not done: return f'0 of {total} outer steps, the model is untrained'
     return f"{done} of {total} outer steps, {len(rows) or 'no'} epoch{'' if len(rows) == 1 else 's'} finished"
 
+# %% ../nbs/08_training.ipynb #000000c3
 def _copy(meta:MetaParameters)->MetaParameters:
     return MetaParameters(*({k: t.detach().clone().requires_grad_(t.requires_grad) for k,t in table.items()} for table in meta))
 
