@@ -18,11 +18,11 @@ from .machine import peak_memory, pick_device, processor, provenance
 from .progress import Plan, tell
 from .tasks import ClassImages, EpisodeSampler, cache_folder, write_safely
 from .network import Conv4, task_batched
-from .maml import keep_freed_memory, meta_gradient
+from .maml import Learner, OuterSteps, keep_freed_memory, meta_gradient
 from .multi_step import naive_graded_loss
 from .mamlpp import Schedule, find_method, loss_parts, method_parameters
-from .speed import Learner, OuterSteps, adjoint_gradient, autograd_calculus, conv4_calculus, fast_gradient
-from .speed import fused_adam, operations
+from .speed import adjoint_gradient, all_at_once, autograd_calculus, conv4_calculus, fast_gradient
+from .speed import fused_adam, operations, replay_on
 
 # %% ../nbs/a1_benchmark.ipynb #00000005
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +118,9 @@ def outer_step(
     for seed in range(how.seeds):
         net = _network(workload, seed).to(device)
         meta = method_parameters(method, net, deal(0).support_x[0], workload.n_steps)
-        learners.append(Learner(meta, deal, fused_adam(meta), {}))
-    steps = OuterSteps(task_batched(net), learners, workload.n_tasks, how.gradient(net),
-                       longest=how.at_once, captured=how.captured)
+        learners.append(Learner(meta, deal, fused_adam(meta)))
+    steps = OuterSteps(task_batched(net), learners, workload.n_tasks, how.gradient(net), longest=how.at_once,
+                       together=all_at_once, replayed=replay_on(device) if how.captured else None)
     arguments = _arguments(workload)
     def step():
         done = steps.run(0, how.at_once, **arguments)

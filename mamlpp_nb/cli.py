@@ -7,7 +7,7 @@ __all__ = ['commands', 'train_preset', 'test_table', 'evaluate_run', 'runs', 'sh
            'main']
 
 # %% ../nbs/a2_command_line.ipynb #7cc9d0a7
-import argparse, collections.abc as abc, dataclasses, hashlib, json as jsons, math, sys
+import argparse, collections.abc as abc, dataclasses, hashlib, json as jsons, math, re, sys
 from pathlib import Path
 import torch.distributed
 from fastcore.docments import docments
@@ -15,15 +15,15 @@ from fastcore.script import Param, anno_parser
 from matplotlib.figure import Figure
 import mamlpp_nb
 from .machine import pick_device
+from .names import absolute_name, find_object, is_object_name
 from .progress import tell
 from .tasks import data_sets, load_data, write_safely
 from .maml import Diverged, keep_freed_memory
-from .per_step_norm import target_norms
 from .quickstart import quickstart
 from .bench import bench
 from .processes import World, join_world
-from .training import Config, best_epochs, configure, exit_codes, plot_run, presets, read_run, replay
-from .training import test_run, train_and_test
+from .training import Config, TensorBoardLog, best_epochs, configure, csv_log, exit_codes, plot_run, presets
+from .training import read_run, replay, said_score, test_run, train_and_test
 from .reproduce import reproduce, seed_list
 from .classifier import adapt_folder
 
@@ -36,7 +36,9 @@ def _folder(preset:str, config:Config)->Path: # settings beyond method and seed 
     settings = jsons.dumps(dataclasses.asdict(config)).encode()
     mark = '' if config == usual else '-' + hashlib.sha256(settings).hexdigest()[:6]
     name = f'{Path(config.data).stem}-{config.n_way}w{config.k_shot}s' if own else preset
-    return Path('runs')/f'{name}-{config.method}-seed{config.seed}{mark}'
+    return Path('runs')/_file_name(f'{name}-{config.method}-seed{config.seed}{mark}')
+
+def _file_name(text:str)->str: return re.sub(r'[^\w+.-]+', '-', text) # on any system
 
 def _convert(name:str, text:str): # a setting from the command line
     kind = Config.__dataclass_fields__[name].type
@@ -44,14 +46,16 @@ def _convert(name:str, text:str): # a setting from the command line
     except (KeyError, ValueError):
         wanted = 'true or false' if kind is bool else f'a {kind.__name__}'
         raise ValueError(f'--{name} must be {wanted}, got {text!r}') from None
+    if kind is str and is_object_name(value): return absolute_name(value)
     if name != 'data' or value in data_sets or not Path(value).exists(): return value
     return str(Path(value).resolve()) # a run can be asked for from another folder later
 
 def _preset_for(settings:dict)->str: # of own images, by their colours
-    if settings.get('data') in (None, *data_sets):
+    data = settings.get('data')
+    if data in (None, *data_sets) or is_object_name(data):
         raise ValueError(f"name a preset ({', '.join(presets)}), or give --data with a folder of your own images")
     own = {'size': 'image_size', 'shares': 'shares', 'seed': 'split_seed'}
-    splits = load_data(settings['data'], **{k: settings[name] for k,name in own.items() if name in settings})
+    splits = load_data(data, **{k: settings[name] for k,name in own.items() if name in settings})
     return 'grey-images-5w1s' if splits['train'].images.shape[1] == 1 else 'colour-images-5w1s'
 
 # %% ../nbs/a2_command_line.ipynb #e279f2df
@@ -68,6 +72,8 @@ def train_preset(
     # on a GPU, launch every operation by itself instead of replaying outer steps as CUDA graphs
     no_capture:bool=False,
     tensorboard:bool=False, # write for TensorBoard into the folder
+    csv:bool=False, # write metrics.csv into the folder
+    log:str='', # package.module:name or file.py:name of a function that is told each epoch's record, a dict; empty: none
     json:bool=False, # end with one line of JSON
     settings:Param(argparse.SUPPRESS)=None, # fields of `Config` that differ from the preset
 )->int: # exit code, see `exit_codes`
@@ -84,7 +90,8 @@ def train_preset(
     say = tell if world.rank == 0 else lambda text: None
     for c,folder in zip(configs, folders):
         say(f'{preset}, {c.method}, seed {c.seed}: {c.epochs} epochs of {c.iterations} outer steps, in {folder}')
-    status = train_and_test(configs, folders, world=world, minutes=minutes or None, say=say, tensorboard=tensorboard,
+    told = [*([TensorBoardLog()] if tensorboard else []), *([csv_log] if csv else []), *([find_object(log)] if log else [])]
+    status = train_and_test(configs, folders, world=world, minutes=minutes or None, say=say, log=told,
                             capture=not no_capture, compiled=False if no_compile else None)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     if world.rank: return exit_codes[status]
@@ -108,15 +115,17 @@ def test_table(
     tested:dict, # from `test_run`
 )->str: # lines of text
     "A test as text, with everything it depends on"
+    loss = tested['config'].get('loss', 'cross-entropy')
+    share = loss == 'cross-entropy'
     ensemble = f"ensemble of {len(tested['models'])}"
     lines = [f"{tested['split']} classes, {tested['n_tasks']} tasks, {tested['n_steps']} inner steps, "
              f"{tested['n_permutations']} relabelling(s); accuracy with 95 % interval over tasks",
              f"  {'targets normalised by':24s}{'single model':>18s}   {ensemble:>18s}"]
     for norm,pair in tested['norms'].items():
-        both = [f"{100*r['accuracy'][-1]:8.2f} ± {100*r['ci95'][-1]:.2f} %" for r in (pair['single'], pair['ensemble'])]
-        steps = ' '.join(f'{100*a:.1f}' for a in pair['single']['accuracy'])
+        both = [f'{said_score(loss, r):>16s}' for r in (pair['single'], pair['ensemble'])]
+        steps = ' '.join(f'{100*a:.1f}' if share else f'{a:.3f}' for a in pair['single']['accuracy'])
         lines.append(f'  {norm:24s}' + '   '.join(both))
-        lines.append(f'    after 0, 1 ... inner steps: {steps} % (single)')
+        lines.append(f"    after 0, 1 ... inner steps: {steps}{' %' if share else ''} (single)")
     return '\n'.join([*lines, f"  {tested['tasks_per_second']:.1f} tasks per second"])
 
 # %% ../nbs/a2_command_line.ipynb #8c1d0b02
@@ -136,7 +145,7 @@ def evaluate_run(
     "Test a run: single best model and ensemble of its best"
     for name,value in (('tasks', tasks), ('steps', steps)):
         if value < 0: raise ValueError(f'{name} must be at least 0, got {value}')
-    norms = tuple(target_norms) if norm == 'all' else (norm,)
+    norms = None if norm == 'all' else (norm,)
     tested = test_run(run, None, World(device=pick_device(device)), split, n_tasks=tasks or None, n_steps=steps or None,
                       norms=norms, n_permutations=permutations, say=tell)
     print(test_table(tested))
@@ -144,7 +153,8 @@ def evaluate_run(
     if json: print(jsons.dumps(tested))
 
 # %% ../nbs/a2_command_line.ipynb #1584e536
-def _percent(r:dict|None)->str: return f"{100*r['accuracy'][-1]:.2f} ± {100*r['ci95'][-1]:.2f}" if r else '-'
+def _scored(config:dict, graded:dict|None)->str: # of a run
+    return said_score(config.get('loss', 'cross-entropy'), graded) if graded else '-'
 
 def _found_runs(folder:str)->list[dict]: # at any depth; what can't be read is left out, and said
     found = []
@@ -172,23 +182,23 @@ def runs(
         print(f'no runs in {folder}')
         return
     table = [['run','method','way','shot','seed','epochs','status',
-              'best validation (%)','test, single (%)','test, ensemble (%)']]
+              'best validation','test, single','test, ensemble']]
     for r,best,test in found:
         config = r['config']
         settings = [str(config[k]) for k in ('method','n_way','k_shot','seed')]
         table.append([r['folder'], *settings, f"{r['epochs']}/{config['epochs']}", r['status'],
-                      *map(_percent, (best, test.get('single'), test.get('ensemble')))])
+                      *(_scored(config, graded) for graded in (best, test.get('single'), test.get('ensemble')))])
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table: print('  '.join(cell.ljust(w) for cell,w in zip(row, widths)).rstrip())
 
 # %% ../nbs/a2_command_line.ipynb #58f542b4
-def _show_epochs(rows:list[dict])->None: # about ten of them, and the best
+def _show_epochs(rows:list[dict], config:dict)->None: # about ten of them, and the best
     best = best_epochs(rows, 1)[0]
-    print('epoch      loss  accuracy (%)  validation (%)  gradient norm  seconds')
+    print('epoch      loss  training     validation  gradient norm  seconds')
     for m in rows:
         if m['epoch'] not in {0, best, len(rows)-1} and m['epoch'] % max(1, len(rows)//10): continue
         mark = '  best' if m['epoch'] == best else ''
-        print(f"{m['epoch']+1:5d}  {m['loss']:8.3f}  {100*m['accuracy']:12.2f}  {_percent(m['validation']):>14s}  "
+        print(f"{m['epoch']+1:5d}  {m['loss']:8.3f}  {m['accuracy']:8.4f}  {_scored(config, m['validation']):>14s}  "
               f"{m['gradient_norm']:13.3f}  {m['seconds']:7.0f}{mark}")
 
 def show(
@@ -206,7 +216,7 @@ def show(
         print(f"  start {i+1}: commit {s['commit']}, {s['device']}, torch {s['versions']['torch']}")
     print('  ' + ', '.join(f'{k} {v}' for k,v in r['config'].items()))
     if r['metrics']:
-        _show_epochs(r['metrics'])
+        _show_epochs(r['metrics'], r['config'])
         drawn = Figure(figsize=(11,2.8), layout='constrained')
         plot_run(r, drawn.subplots(1, 3))
         path = Path(figure or Path(run)/'curve.png')

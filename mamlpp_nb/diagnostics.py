@@ -11,7 +11,7 @@ import collections.abc as abc, copy, json
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from torch import nn, Tensor
-from .network import Weights
+from .network import Weights, resting
 from .tasks import Episodes
 from .maml import Forward, MetaParameters, at_step, meta_loss, task_losses
 
@@ -77,12 +77,13 @@ def idle_parameters(
     net:nn.Module, # the network
     x:Tensor, # some images, (images, channels, height, width)
 )->frozenset[str]: # names
-    "Parameters that can't change the logits, to first order: biases that batch norm takes away again"
+    "Learned parameters that can't change the outputs, to first order, such as biases that batch norm takes away again"
     net, x = copy.deepcopy(net).double(), x.double()
-    logits = net(x)
-    direction = torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(x.device)
-    names, tensors = zip(*net.named_parameters())
-    norms = [g.norm() for g in torch.autograd.grad((logits*direction).sum(), tensors)]
+    with resting(net): outputs = net(x)
+    direction = torch.randn(outputs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(x.device)
+    names, tensors = zip(*((k, p) for k,p in net.named_parameters() if p.requires_grad))
+    slopes = torch.autograd.grad((outputs*direction).sum(), tensors, materialize_grads=True)
+    norms = [g.norm() for g in slopes]
     return frozenset(k for k,n in zip(names, norms) if n < 1e-9*max(norms))
 
 # %% ../nbs/03_instability.ipynb #00000016
@@ -96,7 +97,7 @@ def start_gradient(
     "The part of the meta-gradient that reaches θ₀"
     start = {k: w for k,w in meta.start.items() if k not in idle}
     loss, _ = meta_loss(forward, meta, episodes, **parts)
-    return dict(zip(start, torch.autograd.grad(loss, list(start.values()))))
+    return dict(zip(start, torch.autograd.grad(loss, list(start.values()), materialize_grads=True)))
 
 def gradient_statistics(
     gradient:Weights, # from `start_gradient`

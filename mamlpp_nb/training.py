@@ -7,7 +7,7 @@ __all__ = ['presets', 'networks', 'imagenet_colours', 'objectives', 'optimizers'
            'configure', 'only_named', 'build_network', 'Objective', 'squared_errors', 'find_objective', 'load_splits',
            'deals', 'Setup', 'set_up', 'epoch_parts', 'state_tensors', 'first_state', 'save_state', 'load_state',
            'open_run', 'read_config', 'keep_state', 'newest_state', 'read_metrics', 'best_epochs', 'best_file',
-           'portion_of', 'noted_signals', 'Reporter', 'run_phases', 'recent_steps', 'said_validation', 'csv_log',
+           'portion_of', 'noted_signals', 'Reporter', 'run_phases', 'recent_steps', 'said_score', 'csv_log',
            'epoch_numbers', 'TensorBoardLog', 'validation_pace', 'test_pace', 'useful_norms', 'outer_steps', 'advance',
            'train_runs', 'train_run', 'task_by_task', 'load_models', 'model_files', 'how_unfinished', 'test_run',
            'train_and_test', 'replay', 'read_run', 'plot_run']
@@ -585,7 +585,7 @@ class Reporter:
         whose = f'seed {seed}, ' if self.several else ''
         so_far = f"{duration(row['seconds'])} so far" + ('' if left is None else f', {duration(left)} left')
         self.plan.line(f"{whose}epoch {row['epoch']+1:3d}/{self.config.epochs}: loss {row['loss']:.3f}, "
-                       f"accuracy {row['accuracy']:.3f}, validation {said_validation(self.config, v)}, {so_far}")
+                       f"accuracy {row['accuracy']:.3f}, validation {said_score(self.config.loss, v)}, {so_far}")
 
     def phase_of(self, iteration:int)->str: # the plan's name for it; a new one is announced
         "The phase that an outer step belongs to"
@@ -605,10 +605,14 @@ def recent_steps(states:abc.Sequence[Learner])->str: # of all seeds
     loss, accuracy = np.mean([line[:2] for s in states for line in s.log[-20:]], axis=0)
     return f'loss {loss:.3f}, accuracy {accuracy:.3f}'
 
-def said_validation(config:Config, validation:dict)->str: # in %, if it is a share
-    "The score of validation, in words"
-    score, ci95 = validation['accuracy'][-1], validation['ci95'][-1]
-    return f'{100*score:.2f} ± {100*ci95:.2f} %' if config.loss == 'cross-entropy' else f'{score:.4f} ± {ci95:.4f}'
+def said_score(
+    loss:str, # as in `Config`: a share is said in %
+    graded:dict, # 'accuracy' and 'ci95', a number for each step
+    step:int=-1, # inner step; -1: the last
+)->str:
+    "A score with its interval, in words"
+    score, ci95 = graded['accuracy'][step], graded['ci95'][step]
+    return f'{100*score:.2f} ± {100*ci95:.2f} %' if loss == 'cross-entropy' else f'{score:.4f} ± {ci95:.4f}'
 
 # %% ../nbs/08_training.ipynb #000000c1
 Log = abc.Callable[[dict],None] # told each finished epoch's record, with 'seed' and 'folder' of its run
