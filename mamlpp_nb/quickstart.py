@@ -85,7 +85,8 @@ def assemble(
     if unknown or 'targets' not in config.tests:
         raise ValueError(f"tests are 'targets' and others of {list(test_ways)}; got {list(config.tests)}")
     train_set, test_set = (splits[s].to(device) for s in ('train','test'))
-    net = Conv4(config.n_way, *test_set.images.shape[1:3], config.filters, config.strided, config.seed).to(device)
+    channels, size = test_set.images.shape[1:3]
+    net = Conv4(config.n_way, channels, size, config.filters, strided=config.strided, seed=config.seed).to(device)
     deal = EpisodeSampler(train_set, config.n_way, config.k_shot, config.n_target, seed=config.seed, rotate=True)
     test = EpisodeSampler(test_set, config.n_way, config.k_shot, n_target=1, seed=config.seed)
     meta = method_parameters(find_method(config.method), net, deal(0).support_x[0], config.n_steps, config.inner_lr)
@@ -106,7 +107,7 @@ def grade(
     right = {way: [] for way in ways}
     for first in range(0, n_tasks, 20):
         e = q.test(first, min(20, n_tasks-first))
-        said = step_logits(q.forward, meta, e, predicts, q.config.n_steps)
+        said = step_logits(q.forward, meta, e, predicts, n_steps=q.config.n_steps)
         for way,logits in said.items(): right[way].append((logits.argmax(-1) == e.target_y).double().mean(-1).T)
         tick(len(e))
     return {way: Evaluation(torch.cat(r).cpu()) for way,r in right.items()}
@@ -172,7 +173,8 @@ def learn(
     about:dict, # what to keep with them
 )->tuple[list[Progress],list[float]]: # the outer steps, and when each ended, in seconds from the first one's beginning
     "Meta-train, phase by phase"
-    c, n_iterations = q.config, parts[-1][2].stop
+    c = q.config
+    n_iterations = parts[-1][2].stop
     history, ended = [], []
     begin = time.monotonic()
     def epoch(iteration): return epoch_at(iteration, n_iterations, c.schedule.n_epochs)
@@ -248,7 +250,7 @@ def run_quickstart(
     as_trained = dataclasses.asdict(as_config(config, n_iterations))
     about = {**dataclasses.asdict(config), 'config': as_trained, 'planned': n_iterations}
     begin_training = time.monotonic()
-    history, ended = learn(q, parts, plan, folder/'meta.safetensors', about)
+    history, ended = learn(q, parts, plan, checkpoint=folder/'meta.safetensors', about=about)
     trained = time.monotonic()
     results = _tests(q, plan)
     draw_answers(q, folder/'episode.png')
@@ -263,7 +265,7 @@ def run_quickstart(
 def _tests(q, plan)->dict[str,Evaluation]: # by every way to normalise that was asked for
     c = q.config
     meta = q.meta
-    if 'running' in c.tests: meta = gather_statistics(q.net, meta, q.deal, c.test_tasks, c.n_steps)
+    if 'running' in c.tests: meta = gather_statistics(q.net, meta, q.deal, n_tasks=c.test_tasks, n_steps=c.n_steps)
     with plan.doing('test') as tick: return grade(q, meta, c.tests, tick=tick)
 
 def _record(q, history, results)->dict: # what was learned and how it went
@@ -360,6 +362,7 @@ def run_settings(
         settings = {**settings, 'tests': tests}
     return QuickConfig(data, method, seed=seed, **settings)
 
+# %% ../nbs/a0_quickstart.ipynb #8c1d0d01
 def make_runs(
     kind:str, # a key of `book_runs`
     folder:str|Path, # records go to FOLDER/KIND/METHOD-SEED.json
