@@ -38,7 +38,9 @@ class Workload:
     n_steps:int = 5  # inner steps
     method:str = 'mamlpp' # a name that `find_method` knows
 
-workloads = {'omniglot-20w1s': Workload(20, 1, 1, 28, 64, 8), 'mini-imagenet-5w1s': Workload(5, 15, 3, 84, 48, 2)}
+workloads = {
+    'omniglot-20w1s': Workload(n_way=20, n_target=1, channels=1, size=28, filters=64, n_tasks=8),
+    'mini-imagenet-5w1s': Workload(n_way=5, n_target=15, channels=3, size=84, filters=48, n_tasks=2)}
 
 def find_workload(
     name:str, # 'omniglot-20w1s', 'mini-imagenet-5w1s', or one of them and a method, as in 'omniglot-20w1s-maml'
@@ -68,7 +70,8 @@ def _arguments(w:Workload)->dict:
 
 def _naive(net):
     def gradient(forward, meta, episodes, n_steps, second_order, loss_weights):
-        loss = naive_graded_loss(net, meta, episodes, loss_weights or [0.]*(n_steps-1) + [1.], second_order)
+        weights = loss_weights or [0.]*(n_steps-1) + [1.]
+        loss = naive_graded_loss(net, meta, episodes, weights, second_order=second_order)
         learned = meta.learned()
         grads = torch.autograd.grad(loss, list(learned.values()), materialize_grads=True)
         return loss.detach(), loss.new_zeros(()), dict(zip(learned, grads))
@@ -170,6 +173,7 @@ def _best(f:abc.Callable[[],object], device:str, repeats:int=5)->float: # second
     laps = [_lap(finished) for _ in range(repeats+1)]
     return min(laps[1:])
 
+# %% ../nbs/a1_benchmark.ipynb #8c1d0c03
 def ceilings(
     device:str, # 'cpu' or a CUDA device
 )->dict: # operations_per_second in float32, and by what; bytes_per_second of a copy, read and written
@@ -236,7 +240,8 @@ def measure(
         if tries: say(f'{name}: a spread above a quarter of the median; measured again')
         plan.add(name, rounds, 'rounds', sum(again.values())) # anew
         tries.append(_rounds(steps, rounds, plan, name))
-    laps, amount = min(tries, key=_unrest), arithmetic(workload)
+    laps = min(tries, key=_unrest)
+    amount = arithmetic(workload)
     seconds = {way: np.array(laps[way])/(ways[way].seeds*ways[way].at_once) for way in chosen}
     rows = []
     for way in chosen:
@@ -297,9 +302,10 @@ def scaling(
 )->list[dict]: # rows as from `measure`, with n_tasks and n_steps
     "Does an outer step cost what its tasks and steps cost?"
     sizes = [{'n_tasks': n, 'n_steps': 5} for n in tasks] + [{'n_tasks': 8, 'n_steps': n} for n in steps]
-    w, rows = find_workload(workload), []
+    w = find_workload(workload)
+    rows = []
     for size in sizes:
-        measured = measure(workload, dataclasses.replace(w, **size), device, rounds, (way,))
+        measured = measure(workload, dataclasses.replace(w, **size), device, rounds=rounds, chosen=(way,))
         rows += [{**row, **size} for row in measured]
     return rows
 
@@ -329,7 +335,9 @@ def bench(
     cold = not (cache_folder()/'compiled').exists()
     chosen = {name: find_workload(name) for name in names} # refuse before the first is measured
     if grow: rows = scaling(device, ways[-1], names[0], rounds=rounds)
-    else: rows = [row for name,w in chosen.items() for row in measure(name, w, device, rounds, ways, tell)]
+    else:
+        rows = []
+        for name,w in chosen.items(): rows += measure(name, w, device, rounds=rounds, chosen=ways, say=tell)
     most = ceilings(device)
     print(table(rows), table(rows, most), describe(most), sep='\n\n')
     if record:

@@ -288,6 +288,7 @@ def _options(name:str, words:list[str])->dict: # of a command's function
         options['settings'] = {k: v for k,v in given.items() if v is not None}
     return options
 
+# %% ../nbs/a2_command_line.ipynb #8c1d0b03
 def main(
     argv:abc.Sequence[str]|None=None, # the words after `mamlpp`; None: the program's own
 )->int: # exit code

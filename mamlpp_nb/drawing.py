@@ -89,6 +89,18 @@ def _pad(canvas:Any, strokes:Strokes, changed:abc.Callable[[],None])->None: # a 
     for ends in (canvas.on_mouse_up, canvas.on_mouse_out, canvas.on_touch_end, canvas.on_touch_cancel): ends(end)
 
 # %% ../nbs/a6_drawing.ipynb #7916a826
+def _clear(canvas:Any)->None: # an empty canvas with a pen
+    from ipycanvas import hold_canvas
+    with hold_canvas(canvas):
+        canvas.clear()
+        canvas.line_width = 3
+        canvas.line_cap = 'round'
+
+def _show_strokes(canvas:Any, strokes:Strokes)->None:
+    from ipycanvas import hold_canvas
+    with hold_canvas(canvas):
+        for s in strokes: canvas.stroke_lines([(x*canvas.width, y*canvas.height) for x,y in s])
+
 def drawing_pad(
     classifier:FewShotClassifier|None=None, # who answers; None: the packaged model
     names:abc.Sequence[str]=('A','B','C','D','E'), # of the classes
@@ -96,14 +108,17 @@ def drawing_pad(
 )->Any: # a widget; `strokes` are the drawings by name, '?' the one in question, `answer` the latest probabilities
     "Draw a task, and see what the network makes of it"
     import ipywidgets # only notebooks have these two
-    from ipycanvas import Canvas, hold_canvas
-    classifier, fields = classifier or FewShotClassifier(), [*names, '?']
+    from ipycanvas import Canvas
+    classifier = classifier or FewShotClassifier()
+    fields = [*names, '?']
     layout = {'border': '1px solid gray', 'width': f'{size}px', 'height': f'{size}px'}
     canvases = {k: Canvas(width=size, height=size, layout=layout) for k in fields}
     out = ipywidgets.Output()
     hint = ipywidgets.Label('Draw a character in each field, and one of them again in the last.')
     pad = ipywidgets.VBox()
-    pad.strokes, pad.canvases, pad.answer = {k: [] for k in fields}, canvases, None
+    pad.strokes = {k: [] for k in fields}
+    pad.canvases = canvases
+    pad.answer = None
     def show():
         missing = [k for k in fields if not pad.strokes[k]]
         hint.value = f"Still empty: {', '.join(missing)}"
@@ -118,11 +133,7 @@ def drawing_pad(
             plt.close(axes.figure)
     def clear(k):
         pad.strokes[k].clear()
-        canvas = canvases[k]
-        with hold_canvas(canvas):
-            canvas.clear()
-            canvas.line_width = 3
-            canvas.line_cap = 'round'
+        _clear(canvases[k])
     def clear_all(_):
         pad.answer = None
         for k in fields: clear(k)
@@ -131,8 +142,7 @@ def drawing_pad(
         for k,strokes in zip(fields, recorded.values()):
             clear(k)
             pad.strokes[k].extend([*s] for s in strokes)
-            with hold_canvas(canvases[k]):
-                for s in strokes: canvases[k].stroke_lines([(x*size, y*size) for x,y in s])
+            _show_strokes(canvases[k], strokes)
         show()
     for k in fields:
         clear(k)

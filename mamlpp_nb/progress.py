@@ -16,7 +16,8 @@ def duration(
 )->str: # as in 0:07, 2:05 or 1:02:03
     "A time as a clock shows it"
     minutes, seconds = divmod(round(seconds), 60)
-    return f'{minutes//60}:{minutes%60:02d}:{seconds:02d}' if minutes >= 60 else f'{minutes}:{seconds:02d}'
+    if minutes < 60: return f'{minutes}:{seconds:02d}'
+    return f'{minutes//60}:{minutes%60:02d}:{seconds:02d}'
 
 def tell(
     text:str, # a line
@@ -39,7 +40,8 @@ class Part:
     @property
     def left(self)->float|None: # seconds; None if nobody knows
         rest = max(0, self.n-self.done)
-        return 0. if not rest else None if self.pace is None else rest*self.pace
+        if not rest: return 0.
+        return None if self.pace is None else rest*self.pace
 
 # %% ../nbs/g1_progress.ipynb #91000009
 class Plan:
@@ -49,7 +51,8 @@ class Plan:
         every:float=20., # seconds between lines, where nobody watches a bar
         silent:bool=False, # show nothing: one of several processes
     ):
-        self.say, self.every, self.silent, self.parts, self.bar = say, every, silent, {}, None
+        self.say, self.every, self.silent = say, every, silent
+        self.parts, self.bar = {}, None
         self.said = time.monotonic()
 
     def add(self,
@@ -71,8 +74,10 @@ class Plan:
         "Say what is to come, a line for each part"
         if self.silent or not self.parts: return
         for name,p in self.parts.items():
-            self.line(f'  {name}: {p.n} {p.unit}' + ('' if p.left is None else f', about {duration(p.left)}'))
-        if self.left is not None: self.line(f'  about {duration(self.left)} in all' + (f' on {where}' if where else ''))
+            takes = '' if p.left is None else f', about {duration(p.left)}'
+            self.line(f'  {name}: {p.n} {p.unit}{takes}')
+        if self.left is None: return
+        self.line(f'  about {duration(self.left)} in all' + (f' on {where}' if where else ''))
 
     def line(self, text:str)->None: # where the bar may be
         if self.bar is not None: self.bar.clear()
@@ -88,7 +93,8 @@ def doing(self:Plan,
     name:str, # of a part that was added
 )->abc.Iterator[abc.Callable]: # call it with units done, and a note
     "Show a part while it goes on"
-    part, last = self.parts.setdefault(name, Part(0, '')), time.monotonic()
+    part = self.parts.setdefault(name, Part(0, ''))
+    last = time.monotonic()
     shape = '{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}'
     disable = True if self.silent else _hidden()
     self.bar = tqdm(total=part.n, initial=part.done, desc=name, bar_format=shape, leave=False, disable=disable)
@@ -96,10 +102,13 @@ def doing(self:Plan,
     def tick(n:int=1, note:str=''):
         nonlocal last
         now = time.monotonic()
-        part.done, part.seconds, last = part.done+n, part.seconds+now-last, now
+        part.done += n
+        part.seconds = part.seconds + now - last
+        last = now
         self.bar.update(n)
         self._show(part, note)
-        if self.bar.disable and not self.silent and now-self.said > self.every: self.line(self._sentence(name, part, note))
+        unseen = self.bar.disable and not self.silent
+        if unseen and now-self.said > self.every: self.line(self._sentence(name, part, note))
     try: yield tick
     finally:
         self.bar.close()

@@ -37,7 +37,7 @@ def rate_chart(
     if not names: raise ValueError(f'{title}: nothing was learned per layer and step')
     values = np.array([[[e['step_sizes'][k] for k in names] for e in r['epochs'][:epochs]] for r in records])
     best = [best_epochs(r['epochs'][:epochs], 1)[0] for r in records]
-    return RateChart(title, [r['seed'] for r in records], names, values, best)
+    return RateChart(title, [r['seed'] for r in records], names, values=values, best=best)
 
 # %% ../nbs/13_learned_rates.ipynb #583e3299
 def _range(chart): # of all epochs, so that a slider doesn't move the axis
@@ -226,9 +226,9 @@ def _magnitude(chart, *parts)->np.ndarray: # (seeds, tensors whose names begin s
 def _convolutions(chart): return [_magnitude(chart, f'conv{i}.weight').mean(1) for i in range(4)] # (seeds, steps) each
 
 def _early_and_late(chart): # signed, (seeds, tensors, steps)
-    signed, names = chart.at_best(), np.array(chart.names)
-    early = np.isin(names, ['conv0.weight','conv1.weight'])
-    late = np.isin(names, ['conv2.weight','conv3.weight'])
+    signed = chart.at_best()
+    early = np.isin(chart.names, ['conv0.weight','conv1.weight'])
+    late = np.isin(chart.names, ['conv2.weight','conv3.weight'])
     return signed[:,early], signed[:,late]
 
 def _by_step(chart): return _magnitude(chart, 'conv', 'head.weight').mean(1) # (seeds, steps)
@@ -283,6 +283,7 @@ def _mirroring(chart)->tuple[list[float],str]: # a value per pair of seeds, and 
     values = [signs for signs,_ in pairs]
     return values, 'confirmed' if all(signs < 0 and size > .5 for signs,size in pairs) else 'not confirmed'
 
+# %% ../nbs/13_learned_rates.ipynb #8c1d0e01
 def observations(
     one_shot:RateChart|None, # Omniglot, one image per class
     five_shot:RateChart|None=None, # Omniglot, five

@@ -284,9 +284,10 @@ def _jobs(table:str, rows:dict[str,Row], seeds:list[list[int]], changes:dict, ou
     for name,row in rows.items():
         for some in seeds:
             configs = [dataclasses.replace(row.config, seed=s, **changes) for s in some]
-            found.append(_Job(table, name, configs, out, records))
+            found.append(_Job(table, name, configs, out=out, records=records))
     return found
 
+# %% ../nbs/a5_reproduce.ipynb #8c1d0a05
 def _run(
     jobs:list[_Job],
     world:World,
@@ -296,7 +297,8 @@ def _run(
 )->tuple[str,list[str]]: # how it ended, and the rows that diverged
     todo = [job for job in jobs if job.missing()] # refuse before the first is run
     if todo: print(f'{len(todo)} of {len(jobs)} runs to do; each says how long it takes before it begins', flush=True)
-    failed, load = [], functools.cache(load_data)
+    failed = []
+    load = functools.cache(load_data)
     while todo:
         job = todo.pop(0)
         left = seconds - (time.monotonic()-began)
@@ -353,13 +355,14 @@ def reproduce(
     device = pick_device(device)
     began = time.monotonic()
     if data and not trial: raise ValueError('a table has its own data; other data is for a trial')
-    out, kept = Path(out), Path(records or ('nbs/results/tables' if Path('nbs/results').is_dir() else 'results'))
+    usual = 'nbs/results/tables' if Path('nbs/results').is_dir() else 'results'
+    out, kept = Path(out), Path(records or usual)
     changes = {}
     if trial:
         out = out/f'trial-{data or table}'
         kept = out/'records'
         changes = {**_trial, 'data': data, 'normalise': False} if data else _trial # normalisation is for colours
-    jobs = _jobs(table, rows, at_once(seeds, device), changes, out, kept)
+    jobs = _jobs(table, rows, at_once(seeds, device), changes, out=out, records=kept)
     status, failed = _run(jobs, World(device=device), began, minutes*60, compiled=False if no_compile else None)
     found = read_records(kept, table)
     note = ', a trial: the numbers mean nothing' if trial else ''
