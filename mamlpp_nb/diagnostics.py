@@ -95,7 +95,7 @@ def start_gradient(
     **parts, # arguments of `meta_loss`
 )->Weights: # by parameter name
     "The part of the meta-gradient that reaches θ₀"
-    start = {k: w for k,w in meta.start.items() if k not in idle}
+    start = {k: w for k,w in meta.start.items() if w.requires_grad and k not in idle}
     loss, _ = meta_loss(forward, meta, episodes, **parts)
     return dict(zip(start, torch.autograd.grad(loss, list(start.values()), materialize_grads=True)))
 
@@ -144,7 +144,7 @@ def largest_curvature(
     "How sharply the support loss bends at the starting point, for each task"
     n_tasks = len(episodes)
     start = {k: w.detach().expand(n_tasks, *w.shape).clone() for k,w in meta.start.items()}
-    at = {k: w.requires_grad_() for k,w in start.items() if only is None or k in only}
+    at = {k: w.requires_grad_() for k,w in start.items() if k in (meta.step_sizes if only is None else only)}
     loss = task_losses(forward(at_step(meta, start, 0), episodes.support_x), episodes.support_y).sum()
     slope = torch.autograd.grad(loss, list(at.values()), create_graph=True)
     g = torch.Generator().manual_seed(0)

@@ -10,6 +10,8 @@ import collections.abc as abc, contextlib, re
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from .progress import tell_once
 
 # %% ../nbs/01_network.ipynb #00000006
 class Conv4(nn.Module):
@@ -49,7 +51,7 @@ def is_norm(
 )->bool: # does its class say so, or an attribute `is_norm` of its own?
     "A layer that normalises: batch, group, layer, RMS norm, or one of your own"
     said = getattr(layer, 'is_norm', None)
-    return bool(re.search('norm(?!al)', type(layer).__name__, re.IGNORECASE)) if said is None else said
+    return bool(re.search('(?<!spectral)norm(?!al)', type(layer).__name__, re.IGNORECASE)) if said is None else said
 
 @contextlib.contextmanager
 def resting(
@@ -63,6 +65,14 @@ def resting(
         for m in awake: m.training = True
 
 # %% ../nbs/01_network.ipynb #a1b0c001
+@contextlib.contextmanager
+def _plain_attention()->abc.Iterator[None]: # fused attention has no second derivative
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH): yield
+    finally: torch.backends.mha.set_fastpath_enabled(fused)
+
 class TaskBatched:
     "A network as a function: (weights, images) -> outputs, all three with a leading task axis"
     def __init__(self,
@@ -77,15 +87,39 @@ class TaskBatched:
 
     def _one_task(self, weights:Weights, x:Tensor)->Tensor: return functional_call(self.net, weights, (x,))
 
-    def _all_tasks(self, weights:Weights, x:Tensor)->Tensor:
-        if not self.one_by_one: return self._batched(weights, x)
+    def _in_turn(self, weights:Weights, x:Tensor)->Tensor:
         return torch.stack([self._one_task({k: w[t] for k,w in weights.items()}, x[t]) for t in range(len(x))])
+
+    def _all_tasks(self, weights:Weights, x:Tensor)->Tensor:
+        if self.one_by_one: return self._in_turn(weights, x)
+        try: return self._batched(weights, x)
+        except torch.OutOfMemoryError: raise
+        except (NotImplementedError, RuntimeError) as e: # a layer that vmap can't do
+            found = self._in_turn(weights, x) # or another error, which is then the caller's
+            reason = str(e).strip().splitlines()[0][:160]
+            tell_once(f'{self._failing_layer(weights, x)} cannot be batched over tasks ({reason}): '
+                      'the network is called for one task after another, which is slower')
+            self.one_by_one = True
+            return found
+
+    def _failing_layer(self, weights:Weights, x:Tensor)->str: # the innermost layer that vmap entered and never left
+        inside, hooks = [], []
+        for name,m in self.net.named_modules():
+            def enter(m, _, name=name): inside.append(f'layer {name or "the network itself"!r} ({type(m).__name__})')
+            hooks.append(m.register_forward_pre_hook(enter))
+            hooks.append(m.register_forward_hook(lambda *_: inside.pop() and None))
+        try: self._batched(weights, x)
+        except (NotImplementedError, RuntimeError): pass
+        finally:
+            for h in hooks: h.remove()
+        return inside[-1] if inside else 'this network'
 
     def __call__(self,
         weights:Weights, # (tasks, *shape) each
         x:Tensor, # (tasks, images, channels, height, width)
     )->Tensor: # (tasks, images, outputs)
-        with contextlib.nullcontext() if self.random else resting(self.net): return self._all_tasks(weights, x)
+        with _plain_attention(), contextlib.nullcontext() if self.random else resting(self.net):
+            return self._all_tasks(weights, x)
 
 # %% ../nbs/01_network.ipynb #a1b0c002
 def task_batched(
@@ -94,6 +128,8 @@ def task_batched(
     one_by_one:bool=False, # call the network for one task after another?
 )->TaskBatched: # (weights, images) -> outputs, all three with a leading task axis
     "The network as a function of the weights of a batch of tasks and their images"
+    if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f'{type(net).__name__} spreads images over devices; give its .module, and let processes share the tasks (torchrun)')
     for name,layer in net.named_modules():
         if getattr(layer, 'track_running_stats', False) and layer.training:
             raise ValueError(f'layer {name!r} would collect running statistics over tasks that must not meet; '

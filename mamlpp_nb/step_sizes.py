@@ -21,11 +21,9 @@ def _per_layer_and_step(start, inner_lr, n_steps, idle):
 def _per_weight(start, inner_lr, n_steps, idle):
     return {k: torch.full_like(w, inner_lr)[None].requires_grad_(k not in idle) for k,w in start.items()}
 
-def _layer(name): return name.rpartition('.')[0]
-
-def _only(start, inner_lr, head): # the head moves, or all but the head
-    last = _layer(list(start)[-1])
-    return {k: w.new_full((1,), inner_lr if (_layer(k) == last) == head else 0.) for k,w in start.items()}
+def _only(start, inner_lr, head): # the head moves, or all but the head: the layer whose parameters come last
+    last = list(start)[-1].rpartition('.')[0]
+    return {k: w.new_full((1,), inner_lr if (k.rpartition('.')[0] == last) == head else 0.) for k,w in start.items()}
 
 def _head_only(start, inner_lr, n_steps, idle): return _only(start, inner_lr, head=True)
 
@@ -46,7 +44,7 @@ def step_size_tables(
     if kind not in step_size_kinds:
         raise ValueError(f"no step sizes {kind!r}; choose from {', '.join(step_size_kinds)}")
     if n_steps < 1: raise ValueError(f'n_steps must be at least 1, got {n_steps}')
-    start = {k: w.detach() for k,w in meta.start.items()}
+    start = {k: meta.start[k].detach() for k in meta.step_sizes}
     return meta._replace(step_sizes=step_size_kinds[kind](start, inner_lr, n_steps, idle))
 
 # %% ../nbs/06_step_sizes.ipynb #00000014

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import tape
+from conftest import double
 from mamlpp_nb import speed
 from mamlpp_nb.maml import Learner, OuterSteps, at_step, gradient_error, inner_loop, maml_parameters, meta_gradient, outer_loop
 from mamlpp_nb.mamlpp import Schedule, find_method, loss_parts, method_parameters
@@ -20,7 +21,6 @@ from mamlpp_nb.speed import (adjoint_gradient, all_at_once, autograd_calculus, c
 from mamlpp_nb.tasks import Episodes, EpisodeSampler
 
 
-def double(e): return Episodes(*(t.double() if t.is_floating_point() else t for t in vars(e).values()))
 
 
 def naive(net, meta, e, n_steps=5, second_order=True, loss_weights=None):
@@ -219,7 +219,7 @@ def test_the_tape_refuses_looks():
 def test_what_cannot_be_captured_runs_as_it_is_and_says_so(drawn, monkeypatch, capsys):
     "`meta_gradient` looks at labels and at the weights of losses"
     plain, taped = (outer_steps(drawn, [0], captured=c, changed=lambda gradient: meta_gradient) for c in (False, True))
-    monkeypatch.setattr(speed, '_told', set())
+    monkeypatch.setattr('mamlpp_nb.progress._told', set())
     monkeypatch.setattr(speed, '_capture', tape.capture)
     assert go(plain).equal(go(taped))
     assert capsys.readouterr().err.count('cannot be captured') == 1
