@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 import mamlpp_nb
 from .machine import pick_device
 from .progress import tell
-from .tasks import data_sets, load_data, write_safely
+from .files import write_safely
+from .tasks import data_sets, load_data
 from .maml import Diverged, keep_freed_memory
 from .step_sizes import plot_step_sizes
 from .per_step_norm import target_norms

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .tasks import Episodes, EpisodeSampler, cache_folder
+from .files import cache_folder
+from .tasks import Episodes, EpisodeSampler
 from .network import Conv4, Weights
 from .maml import Forward, MetaParameters, at_step, check_labels, meta_gradient, note_gradient, row, task_losses
 from .per_step_norm import Predict, predict_targets, statistics_among, target_norms, with_statistics

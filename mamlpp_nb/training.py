@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn, Tensor
 from .machine import peak_memory, processor, provenance
 from .progress import Plan, duration
-from .tasks import ClassImages, EpisodeSampler, cache_folder, data_sets, load_data, write_safely
+from .files import cache_folder, write_safely
+from .tasks import ClassImages, EpisodeSampler, data_sets, load_data
 from .network import Conv4, Weights, task_batched
 from .maml import Diverged, Forward, MetaParameters, evaluate
 from .per_step_norm import Predict, gather_statistics
