@@ -16,7 +16,8 @@ import numpy as np, torch, torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from .machine import peak_memory, pick_device, processor, provenance
 from .progress import Plan, tell
-from .tasks import ClassImages, EpisodeSampler, cache_folder, write_safely
+from .files import cache_folder, write_safely
+from .tasks import ClassImages, EpisodeSampler
 from .network import Conv4, task_batched
 from .maml import Learner, OuterSteps, keep_freed_memory, meta_gradient
 from .multi_step import naive_graded_loss

@@ -17,7 +17,8 @@ import mamlpp_nb
 from .machine import pick_device
 from .names import absolute_name, find_object, is_object_name
 from .progress import tell
-from .tasks import data_sets, load_data, write_safely
+from .files import write_safely
+from .tasks import data_sets, load_data
 from .maml import Diverged, keep_freed_memory
 from .quickstart import quickstart
 from .bench import bench

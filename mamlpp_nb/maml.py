@@ -21,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn, Tensor
 from torch.func import functional_call
-from .tasks import Episodes, EpisodeSampler, progress_bar, write_safely
+from .files import write_safely
+from .progress import progress_bar
+from .tasks import Episodes, EpisodeSampler
 from .network import Weights, is_norm
 
 # %% ../nbs/02_maml.ipynb #00000009

@@ -17,7 +17,8 @@ import torch
 from matplotlib.figure import Figure
 from .machine import pick_device, processor, provenance
 from .progress import Plan, tell
-from .tasks import ClassImages, EpisodeSampler, cache_folder, characters, data_root, plot_episode, write_safely
+from .files import cache_folder, data_root, write_safely
+from .tasks import ClassImages, EpisodeSampler, characters, plot_episode
 from .network import Conv4, task_batched
 from .maml import Evaluation, MetaParameters, Progress, at_step, inner_loop, load_meta, recent, train
 from .per_step_norm import gather_statistics, predict_targets

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np
 from fastcore.script import Param
 from .machine import pick_device
-from .tasks import load_data, write_safely
+from .files import write_safely
+from .tasks import load_data
 from .maml import Diverged, save_meta
 from .network import Conv4
 from .mamlpp import find_method, loss_parts

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .progress import tell_once
-from .tasks import Episodes, cache_folder
+from .files import cache_folder
+from .tasks import Episodes
 from .network import Conv4, Weights
 from .maml import (Forward, Graded, MetaParameters, at_step, check_labels, each_by_itself, gradient_step, inner_loop,
                             meta_gradient, row, task_accuracies, task_losses)

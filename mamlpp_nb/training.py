@@ -23,7 +23,8 @@ from torch import nn, Tensor
 from .machine import peak_memory, processor, provenance
 from .names import find_object, find_part, is_object_name
 from .progress import Plan, duration
-from .tasks import ClassImages, EpisodeSampler, cache_folder, data_sets, load_data, write_safely
+from .files import cache_folder, write_safely
+from .tasks import ClassImages, EpisodeSampler, data_sets, load_data
 from .network import Conv4, TaskBatched, Weights, task_batched
 from .maml import (Damaged, Deal, Diverged, Graded, Learner, MetaParameters, OuterSteps, evaluate, named_episodes,
                             head_layer, read_checkpoint, save_meta, task_accuracies, task_losses)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from mamlpp_nb import tasks
-from mamlpp_nb.tasks import ClassImages, find_omniglot, glyphs, omniglot
+from mamlpp_nb.layouts import find_omniglot
+from mamlpp_nb.tasks import ClassImages, glyphs, omniglot
 from mamlpp_nb.training import Config
 
 tasks.data_sets['glyphs'] = glyphs # drawn once in a process; no cache folder is touched

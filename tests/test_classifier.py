@@ -1,10 +1,14 @@
 "A classifier for one's own images: as scikit-learn has it, after a round trip, with bad input, as a command."
+import copy
 import csv
 import io
 import json
+import multiprocessing
+import pickle
 import subprocess
 import sys
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -13,7 +17,7 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils import estimator_checks
 
-from mamlpp_nb.classifier import FewShotClassifier, head_for, models_folder, read_pretrained
+from mamlpp_nb.classifier import FewShotClassifier, head_for, image_batch, models_folder, read_labels, read_pretrained
 from mamlpp_nb.cli import main
 from mamlpp_nb.maml import load_meta, save_meta
 from mamlpp_nb.tasks import EpisodeSampler
@@ -117,6 +121,110 @@ def test_a_new_process_predicts_the_same_to_the_bit(task, tmp_path):
     assert said['names'].tolist() == c.predict(targets).tolist()
     (tmp_path / 'd.safetensors').write_bytes((tmp_path / 'c.safetensors').read_bytes()[:-100])
     with pytest.raises(ValueError, match='d.safetensors'): FewShotClassifier.load(tmp_path / 'd.safetensors')
+
+
+def answers(c, x): return c.predict_proba(x)
+
+
+def by_joblib(c, path):
+    joblib.dump(c, path)
+    return joblib.load(path)
+
+
+@pytest.mark.parametrize('kept', [lambda c, path: pickle.loads(pickle.dumps(c)), by_joblib, lambda c, path: copy.deepcopy(c), lambda c, path: copy.copy(c)], ids=['pickle', 'joblib', 'deepcopy', 'copy'])
+@pytest.mark.parametrize('norm', ['support', 'running', 'targets'])
+@pytest.mark.filterwarnings('error')
+def test_a_pickled_classifier_predicts_the_same_to_the_bit(task, tmp_path, kept, norm):
+    x, y, targets, truth = task
+    c = FewShotClassifier(n_steps=3, norm=norm).fit(x, y)
+    before = c.predict_proba(targets) # now it has modules
+    again = kept(c, tmp_path / 'c.joblib')
+    assert np.array_equal(again.predict_proba(targets), before) and again.score(targets, truth) == c.score(targets, truth)
+    assert np.array_equal(again.adapted_at(1).predict_proba(targets), c.adapted_at(1).predict_proba(targets))
+    assert np.array_equal(again.fit(x, y).predict_proba(targets), before)
+    assert repr(pickle.loads(pickle.dumps(FewShotClassifier(n_steps=2)))) == repr(FewShotClassifier(n_steps=2)) # also before it is fitted
+    read = pickle.loads(pickle.dumps(read_pretrained('omniglot')))
+    assert all(torch.equal(a, b) for a, b in zip(read.net.state_dict().values(), read_pretrained('omniglot').net.state_dict().values()))
+
+
+def test_a_classifier_goes_to_another_process(task):
+    x, y, targets, _ = task
+    c = FewShotClassifier().fit(x, y)
+    with multiprocessing.get_context('spawn').Pool(1) as pool: said = pool.apply(answers, (c, targets))
+    assert np.allclose(said, c.predict_proba(targets), atol=1e-6) # another number of threads, perhaps
+
+
+class Column:
+    "What a column of a DataFrame looks like from here."
+    def __init__(self, values): self.values = values
+    def __array__(self, dtype=None, copy=None): return np.array(self.values, dtype=object)
+    def __len__(self): return len(self.values)
+    def __iter__(self): return iter(self.values)
+
+
+@pytest.mark.parametrize('column', [Column, lambda v: np.array(v, dtype=object), tuple, lambda v: (x for x in v)])
+@pytest.mark.parametrize('values', [['ox', 'ox', 'elk', 'elk'], [3, 3, 1, 1], [np.int64(3), 3, 1, 1], [True, True, False, False]])
+def test_columns_of_labels(task, column, values):
+    x = task[0][:4]
+    c = FewShotClassifier().fit(x, column(values))
+    assert c.classes_.tolist() == sorted(set(values)) and c.classes_.dtype.kind in 'Uib'
+    assert c.score(x, column(values)) == c.score(x, values)
+    assert set(c.predict(x)) <= set(values)
+
+
+@pytest.mark.parametrize('labels', [['ox', 1], [1, 'ox'], [True, 1], ['ox', None], [1, None], ['ox', float('nan')], [1., 2.], [['ox'], ['elk']], ['a', b'a'], [1, 2.]])
+@pytest.mark.parametrize('column', [list, Column])
+def test_mixed_labels_are_refused(labels, column):
+    with pytest.raises(ValueError, match='of one kind|strings or integers|in one list'): read_labels(column(labels))
+
+
+def test_labels_of_another_kind_than_the_classes_are_refused(task):
+    with pytest.raises(ValueError, match='of another kind'): FewShotClassifier().fit(*task[:2]).score(task[2], [0]*len(task[2]))
+
+
+one_picture = [np.zeros((60, 60, 3), np.uint8), torch.zeros(3, 60, 60), np.zeros((60, 60), np.uint8), torch.zeros(60, 60), np.zeros((1, 60, 60)), np.zeros((60, 60, 4)),
+               torch.zeros(60, 60, 3), [np.zeros((3, 28, 28))], np.zeros((1, 3, 28, 28)), Image.new('RGB', (9, 9)), [Image.new('L', (9, 9))]]
+
+
+@pytest.mark.parametrize('image', one_picture, ids=lambda x: f'{type(x).__name__} {tuple(getattr(x, "shape", ()))}')
+def test_one_picture_one_answer(task, image, tmp_path):
+    c = FewShotClassifier().fit(*task[:2])
+    assert c.predict(image).shape == (1,) and c.predict_proba(image).shape == (1, 5)
+    for channels in (1, 3): assert image_batch(image, channels, 32).shape == (1, channels, 32, 32)
+
+
+def test_a_path_alone_is_a_picture(task, tmp_path):
+    Image.new('L', (9, 9)).save(tmp_path / 'x.png')
+    c = FewShotClassifier().fit(*task[:2])
+    for path in (tmp_path / 'x.png', str(tmp_path / 'x.png'), np.array([str(tmp_path / 'x.png')]), np.array([tmp_path / 'x.png'], dtype=object)): assert c.predict(path).shape == (1,)
+
+
+def test_what_could_be_read_in_two_ways_is_refused_with_both_unless_something_decides(task):
+    x, y, *_ = task
+    c, three, four = FewShotClassifier().fit(x, y), np.zeros((3, 28, 28)), np.zeros((4, 28, 28))
+    for a in (three, four, torch.zeros(4, 28, 28)):
+        with pytest.raises(ValueError, match=r'grey pictures or one of \d channels.*x\[:,None\].*\[x\]'): c.predict(a)
+        assert len(c.predict(a[:, None])) == len(a) and len(c.predict([a])) == 1
+    with pytest.raises(ValueError, match='before or behind'): c.predict([np.zeros((3, 28, 4))])
+    assert len(image_batch(three, channels=3)) == 1 and [len(image_batch(four, n=n)) for n in (1, 4)] == [1, 4]
+    assert c.score(three, ['ox']*3) in (0, 1) and FewShotClassifier().fit(x[:4, 0], [0, 0, 1, 1]).classes_.tolist() == [0, 1] # labels decide
+    assert len(image_batch(np.zeros((60, 28, 28)))) == 60 and len(image_batch(np.zeros((2, 28, 28)))) == 2
+    for shape in ((28,), (2, 3, 28, 28, 1), (7, 28, 2)):
+        with pytest.raises(ValueError, match='shape'): image_batch(np.zeros(shape))
+
+
+def test_small_excess_is_clipped_and_large_refused(task):
+    x = torch.from_numpy(task[0])
+    above = x.clone()
+    above[above == 1] = float(np.nextafter(np.float32(1), np.float32(2)))
+    assert torch.equal(image_batch(above), image_batch(x))
+    large = torch.nn.functional.interpolate(x, size=(105, 105), mode='bicubic')
+    assert large.min() < -.05 and large.max() > 1.05
+    assert torch.equal(image_batch(large, size=105), image_batch(large.clamp(0, 1), size=105))
+    for bad in (x + .5, x - .5, 2*x - 1, 255*x, (x - .92)/.27, x*float('inf')):
+        with pytest.raises(ValueError, match='must lie in'): image_batch(bad)
+    for bad in (np.full((2, 9, 9), 256), np.full((2, 9, 9), -1)):
+        with pytest.raises(ValueError, match='must lie in'): image_batch(bad)
 
 
 def test_more_steps_than_in_training(task):

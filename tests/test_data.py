@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from mamlpp_nb import tasks
-from mamlpp_nb.tasks import cached, characters, glyphs, list_images, omniglot, read_images
+from mamlpp_nb.files import data_root
+from mamlpp_nb.pictures import list_images
+from mamlpp_nb.tasks import cached, characters, glyphs, omniglot, read_classes
 
 
 def png(seed, size=(105, 105)):
@@ -114,19 +116,19 @@ def test_an_unreadable_image_is_named(tmp_path, content, zipped):
         with zipfile.ZipFile(tmp_path / 'data.zip', 'w') as z:
             for f in source.rglob('*.png'): z.write(f, f.relative_to(tmp_path))
         source = tmp_path / 'data.zip'
-    with pytest.raises(ValueError, match=r'cannot read the image .*b/2\.png'): read_images(list_images(source))
+    with pytest.raises(ValueError, match=r'cannot read the image .*b/2\.png'): read_classes(list_images(source))
 
 
 def test_images_of_different_sizes_are_named_and_can_be_resized(tmp_path):
     for c, size in (('a', (20, 20)), ('b', (30, 20))):
         (tmp_path / c).mkdir()
         (tmp_path / c / 'x.png').write_bytes(png(1, size))
-    with pytest.raises(ValueError, match=r'a/x\.png is 20x20.*b/x\.png is 30x20'): read_images(list_images(tmp_path))
-    assert read_images(list_images(tmp_path), size=16, mode='RGB').images.shape == (2, 3, 16, 16)
+    with pytest.raises(ValueError, match=r'a/x\.png is 20x20.*b/x\.png is 30x20'): read_classes(list_images(tmp_path))
+    assert read_classes(list_images(tmp_path), size=16, mode='RGB').images.shape == (2, 3, 16, 16)
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='no images found'): read_images(list_images(tmp_path))
+    with pytest.raises(ValueError, match='no images found'): read_classes(list_images(tmp_path))
 
 
 def test_glyphs_are_a_function_of_the_seed(drawn):
@@ -151,7 +153,7 @@ def test_an_unknown_data_set_is_refused_with_the_choices():
 
 def test_the_data_root_is_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv('MAMLPP_DATA', str(tmp_path))
-    assert tasks.data_root() == tmp_path and characters()[0] == 'glyphs'
+    assert data_root() == tmp_path and characters()[0] == 'glyphs'
 
 
 def photo(seed, size=(84, 84)):
@@ -233,18 +235,18 @@ def test_missing_data_sets_are_named(tmp_path, monkeypatch):
 def test_a_small_zip_that_holds_gigabytes_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / 'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('a/b.png', bytes(100_000_000))
     assert (tmp_path / 'bomb.zip').stat().st_size < 200_000
-    with pytest.raises(ValueError, match='b.png.*100 MB, more than'): read_images(list_images(tmp_path / 'bomb.zip'))
+    with pytest.raises(ValueError, match='b.png.*100 MB, more than'): read_classes(list_images(tmp_path / 'bomb.zip'))
 
 
 def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(tmp_path):
     (tmp_path / 'a').mkdir()
     Image.new('1', (9_000, 9_000)).save(tmp_path / 'a/huge.png')
     assert (tmp_path / 'a/huge.png').stat().st_size < 1_000_000
-    with pytest.raises(ValueError, match='huge.png.*9000x9000 pixels'): read_images(list_images(tmp_path), 28)
+    with pytest.raises(ValueError, match='huge.png.*9000x9000 pixels'): read_classes(list_images(tmp_path), 28)
 
 
 def test_paths_in_an_archive_lead_nowhere(tmp_path):
     with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as z: z.writestr('../../outside/evil.png', drawings[0])
     before = {p for p in tmp_path.parent.rglob('*')}
-    assert len(read_images(list_images(tmp_path / 'a.zip'), 28)) == 1
+    assert len(read_classes(list_images(tmp_path / 'a.zip'), 28)) == 1
     assert {p for p in tmp_path.parent.rglob('*')} == before

@@ -1,11 +1,15 @@
 "Episodes are what they say, whatever the numbers: property tests of the sampler."
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import FakeData, ImageFolder
+from torchvision.transforms import PILToTensor, ToTensor
 
 from conftest import numbered
-from mamlpp_nb.tasks import EpisodeSampler, from_labels, random_bits, stream
+from mamlpp_nb.tasks import EpisodeSampler, from_dataset, from_labels, random_bits, stream
 
 fields = ('support_x', 'target_x', 'support_y', 'target_y', 'classes', 'rows', 'turns')
 
@@ -135,3 +139,52 @@ def test_the_published_split(real):
     assert starts == {'train': [1245, 1193, 652], 'val': [88, 1243, 1258], 'test': [1394, 742, 245]}
     assert [len(d) for d in real.values()] == [1150, 50, 423]
     assert all((d.count == 20).all() for d in real.values())
+
+
+@pytest.mark.parametrize('labels', [[0, 1], [0, 1, 1, 0], [[0], [1], [1]], [0., 1., 1.]])
+def test_labels_must_be_as_many_as_images(labels):
+    with pytest.raises(ValueError, match='as many labels|must be integers'):
+        from_labels(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor(labels), ['a', 'b'])
+
+
+class Plain:
+    "A data set with nothing but what PyTorch asks for."
+    def __init__(self, items): self.items = items
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.items[i]
+
+
+@pytest.mark.parametrize('transform', [None, ToTensor(), PILToTensor()])
+@pytest.mark.parametrize('number', [int, torch.tensor])
+def test_any_labelled_data_set(transform, number):
+    fake = FakeData(30, (3, 20, 20), num_classes=4, transform=transform)
+    data = from_dataset(Plain([(fake[i][0], number(int(fake[i][1]))) for i in range(30)]))
+    labels = [int(fake[i][1]) for i in range(30)]
+    assert data.names == ('0', '1', '2', '3') and data.count.tolist() == [labels.count(c) for c in range(4)]
+    plain = FakeData(30, (3, 20, 20), num_classes=4)
+    for c in range(4):
+        pixels = [PILToTensor()(plain[i][0]) for i in range(30) if labels[i] == c]
+        assert torch.equal(data.of_class(c), torch.stack(pixels))
+    assert from_dataset(fake, size=9, mode='L').images.shape == (30, 1, 9, 9)
+    e = EpisodeSampler(data.select([3, 1], 'test'), 2, 1, 1)(0)
+    assert e.support_x.shape == (1, 2, 3, 20, 20)
+
+
+def test_names_of_classes_and_classes_without_pictures(tmp_path):
+    for name in ('ape', 'bee', 'cow'):
+        (tmp_path / name).mkdir()
+        Image.new('L', (8, 6), ord(name[0])).save(tmp_path / name / '0.png')
+    folder = ImageFolder(str(tmp_path))
+    data = from_dataset(folder, size=8)
+    assert data.names == ('ape', 'bee', 'cow') and data.images.shape == (3, 3, 8, 8) # ImageFolder makes colour of all
+    part = from_dataset(torch.utils.data.Subset(folder, [0, 2]), size=8, mode='L', split='val')
+    assert part.names == ('ape', 'cow') and part.split == 'val' and part.images.shape == (2, 1, 8, 8)
+    assert from_dataset(folder, size=8, names='xyz').names == ('x', 'y', 'z')
+
+
+@pytest.mark.parametrize('items, named', [
+    ([], 'empty'), ([(torch.zeros(1, 4, 4), 'ox')], "item 0.*label is 'ox'"), ([(torch.zeros(1, 4, 4), 1.)], 'item 0.*label is 1.0'), ([(torch.zeros(1, 4, 4), -1)], 'item 0'),
+    ([(torch.zeros(1, 4, 4), 0), torch.zeros(1, 4, 4)], 'item 1'), ([(torch.randn(1, 4, 4), 0)], 'item 0.*Normalize'), ([(torch.zeros(2, 4, 4), 0)], 'item 0.*1 or 3 channels'),
+    ([(torch.zeros(1, 4, 4), 0), (torch.zeros(1, 5, 4), 0)], 'item 0 is .*item 1 is .*Give a size'), ([(np.zeros((4, 4)), 0)], 'item 0.*ndarray'), ([(torch.zeros(1, 4, 4).long(), 0)], 'item 0.*int64')])
+def test_what_is_no_labelled_data_set_is_named(items, named):
+    with pytest.raises(ValueError, match=named): from_dataset(Plain(items))
