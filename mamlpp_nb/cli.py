@@ -24,7 +24,7 @@ from .quickstart import quickstart
 from .bench import bench
 from .processes import World, join_world
 from .training import Config, TensorBoardLog, best_epochs, configure, csv_log, exit_codes, plot_run, presets
-from .training import read_run, replay, said_score, test_run, train_and_test
+from .training import read_config, read_run, replay, run_splits, said_score, test_run, train_and_test
 from .reproduce import reproduce, seed_list
 from .classifier import adapt_folder
 
@@ -139,6 +139,7 @@ def evaluate_run(
     # or all
     norm:str='all',
     permutations:int=1, # relabellings of the support set to average over, 1 to the number of classes
+    data:str='', # where the run's own images are now, if they have moved; empty: where they were
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one
     record:str='', # file to write the result to; empty: none
     json:bool=False, # end with one line of JSON
@@ -147,7 +148,8 @@ def evaluate_run(
     for name,value in (('tasks', tasks), ('steps', steps)):
         if value < 0: raise ValueError(f'{name} must be at least 0, got {value}')
     norms = None if norm == 'all' else (norm,)
-    tested = test_run(run, None, World(device=pick_device(device)), split, n_tasks=tasks or None, n_steps=steps or None,
+    splits = run_splits(run, read_config(run)[0], tell, data) if data else None
+    tested = test_run(run, splits, World(device=pick_device(device)), split, n_tasks=tasks or None, n_steps=steps or None,
                       norms=norms, n_permutations=permutations, say=tell)
     print(test_table(tested))
     if record: write_safely(Path(record), lambda draft: draft.write_text(jsons.dumps(tested, indent=1)))
@@ -229,11 +231,13 @@ def show(
 def replay_step(
     run:str, # folder of a run
     iteration:int=0, # outer step to repeat, from 0
+    data:str='', # where the run's own images are now, if they have moved; empty: where they were
     device:str='cpu', # cpu, cuda, or auto: a GPU if there is one
     json:bool=False, # print one line of JSON instead
 )->None:
     "Repeat one outer step of a run, task by task, and compare with the record"
-    r = replay(run, iteration, None, pick_device(device))
+    splits = run_splits(run, read_config(run)[0], tell, data) if data else None
+    r = replay(run, iteration, splits, pick_device(device))
     if json:
         print(jsons.dumps(r))
         return

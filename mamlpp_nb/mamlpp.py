@@ -77,9 +77,10 @@ def find_method(
                          f"parts are {', '.join(parts)}; or name your own as package.module:name or file.py:name")
     return Method(**{k: v for part in chosen for k,v in parts[part].items()})
 
-def _own_method(name:str)->Method:
-    found = find_object(name)
-    if not isinstance(found, Method): raise ValueError(f'{name!r} is a {type(found).__name__}; a method is a Method')
+def _own_method(name:str)->Method: # a Method of one's own module, or one that it has put into `methods`
+    found, short = find_object(name), name.rpartition(':')[2]
+    if not isinstance(found, Method): found = methods.get(short)
+    if not isinstance(found, Method): raise ValueError(f'{name!r} is no method: neither a Method nor an entry of `methods`')
     return found
 
 # %% ../nbs/07_mamlpp.ipynb #00000011

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['presets', 'networks', 'imagenet_colours', 'objectives', 'optimizers', 'default_norms', 'Log', 'exit_codes', 'Config',
            'configure', 'only_named', 'build_network', 'Objective', 'squared_errors', 'find_objective', 'load_splits',
-           'deals', 'Setup', 'set_up', 'epoch_parts', 'state_tensors', 'first_state', 'save_state', 'load_state',
-           'open_run', 'read_config', 'keep_state', 'newest_state', 'read_metrics', 'best_epochs', 'best_file',
-           'portion_of', 'noted_signals', 'Reporter', 'run_phases', 'recent_steps', 'said_score', 'csv_log',
-           'epoch_numbers', 'TensorBoardLog', 'validation_pace', 'test_pace', 'useful_norms', 'outer_steps', 'advance',
-           'train_runs', 'train_run', 'task_by_task', 'load_models', 'model_files', 'how_unfinished', 'test_run',
-           'train_and_test', 'replay', 'read_run', 'plot_run']
+           'split_record', 'as_kept', 'changed_classes', 'read_split', 'run_splits', 'deals', 'Setup', 'set_up',
+           'epoch_parts', 'state_tensors', 'first_state', 'save_state', 'load_state', 'open_run', 'read_config',
+           'keep_state', 'newest_state', 'read_metrics', 'best_epochs', 'best_file', 'portion_of', 'noted_signals',
+           'Reporter', 'run_phases', 'recent_steps', 'said_score', 'csv_log', 'epoch_numbers', 'TensorBoardLog',
+           'validation_pace', 'test_pace', 'useful_norms', 'outer_steps', 'advance', 'train_runs', 'train_run',
+           'task_by_task', 'load_models', 'model_files', 'how_unfinished', 'test_run', 'train_and_test', 'replay',
+           'read_run', 'plot_run']
 
 # %% ../nbs/08_training.ipynb #00000003
-import collections.abc as abc, contextlib, csv, dataclasses, inspect, json, math, os, signal, threading, time
+import collections.abc as abc, contextlib, dataclasses, hashlib, inspect, json, math, os, signal, threading, time
 from pathlib import Path
 from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np, torch
@@ -200,12 +201,14 @@ def find_objective(
 def load_splits(
     config:Config, # the settings
     say:abc.Callable[[str],None]=print, # takes a line of the report on own images
+    kept:dict|None=None, # of a run that has begun, from `read_split`: own images are split as they were
 )->dict[str,ClassImages|Deal]: # 'train', 'val' and 'test'
     "The data of a run; of own images, classes that are too small for its tasks are left out, and named"
     if config.data in data_sets: return load_data(config.data)
     if is_object_name(config.data): return _own_splits(config)
     splits = load_data(config.data, size=config.image_size, shares=config.shares, seed=config.split_seed)
     _describe(config, splits, say)
+    if kept: splits = as_kept(splits, kept, say)
     for s,data in splits.items():
         n_target = config.n_target if s == 'train' else config.test_targets
         splits[s], small = data.large_enough(config.k_shot + n_target)
@@ -230,6 +233,67 @@ def _too_small(config, split, data, small, n_target)->str:
     named = ', '.join(f'{name} ({n})' for name,n in [*small.items()][:20]) + (' ...' if len(small) > 20 else '')
     return (f'left out of {split}, {len(small)} of {len(data)} classes with fewer than '
             f'{config.k_shot} support + {n_target} target images: {named}')
+
+# %% ../nbs/08_training.ipynb #a8b0c005
+def split_record(
+    splits:dict[str,ClassImages], # of own images
+)->dict: # for each split, by class name: how many images, and a checksum of them
+    "Which class belongs where"
+    def of_class(data, i):
+        pixels = data.of_class(i).cpu().contiguous().numpy()
+        return [len(pixels), hashlib.sha256(pixels).hexdigest()[:16]]
+    return {s: {name: of_class(data, i) for i,name in enumerate(data.names)} for s,data in splits.items()}
+
+def as_kept(
+    splits:dict[str,ClassImages], # own images as they are split now
+    kept:dict, # from `split_record`, when the run began
+    say:abc.Callable[[str],None], # told what has changed
+)->dict[str,ClassImages]: # split as then; classes that are new are left out, one that is missing is an error
+    "The same split as when a run began"
+    there = {name: (data, i) for data in splits.values() for i,name in enumerate(data.names)}
+    missing = [name for classes in kept.values() for name in classes if name not in there]
+    if missing:
+        raise ValueError(f'{len(missing)} classes that the run began with are gone, {missing[0]!r} among them; '
+                         'put them back, or give the place they are in now with --data')
+    new = sorted(there.keys() - {name for classes in kept.values() for name in classes})
+    if new: say(f"{len(new)} classes that came after the run began are left out: {', '.join(new[:20])}")
+    return {s: _chosen(s, [there[name] for name in classes]) for s,classes in kept.items()}
+
+def _chosen(split:str, classes:list[tuple[ClassImages,int]])->ClassImages: # (data, class) in order
+    images = [data.of_class(i) for data,i in classes]
+    refused = classes[0][0].refused
+    return ClassImages(torch.cat(images), [len(t) for t in images], [data.names[i] for data,i in classes], split, refused)
+
+def changed_classes(
+    splits:dict[str,ClassImages], # as they are now
+    kept:dict, # from `split_record`
+)->list[str]: # their names
+    "Classes whose images aren't those that the run began with"
+    now = split_record(splits)
+    return [name for s,classes in kept.items() for name,was in classes.items() if now[s].get(name) != was]
+
+def read_split(
+    folder:str|Path, # of a run
+)->dict|None: # from `split_record`; None if the run has none, such as a run on a data set of the package
+    "How a run's own images were split when it began"
+    path = Path(folder)/'split.json'
+    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+
+def run_splits(
+    folder:str|Path, # of a run
+    config:Config, # its settings
+    say:abc.Callable[[str],None]=print, # told what has changed since the run began
+    data:str='', # where its images are now, if they have moved
+)->dict[str,ClassImages|Deal]: # 'train', 'val' and 'test'
+    "The data of a run, split as when it began"
+    kept, config = read_split(folder), dataclasses.replace(config, data=data) if data else config
+    if kept and not Path(config.data).exists():
+        raise ValueError(f'the images of {folder} were in {config.data}, where there is nothing now; '
+                         'give the place they are in with --data')
+    splits = load_splits(config, say, kept)
+    changed = changed_classes(splits, kept) if kept else []
+    if changed: say(f"images of {len(changed)} classes have changed since the run began: {', '.join(changed[:20])}")
+    return splits
 
 # %% ../nbs/08_training.ipynb #a8b0c003
 def _own_splits(config:Config)->dict: # what a function of one's own makes of the settings it names
@@ -405,6 +469,10 @@ def _refuse_folder(folder:Path)->None: # that isn't a run's
     if any(p.name != 'lock' and '.part' not in p.name for p in folder.iterdir()):
         raise ValueError(f'{folder} holds other things than a run; choose a new folder')
 
+def _where_now(kept:Config, config:Config)->Config: # own images may have moved; that they are the same is checked by their names
+    moved = kept.data not in data_sets and not is_object_name(kept.data) and not Path(kept.data).exists()
+    return dataclasses.replace(kept, data=config.data) if moved else kept
+
 @contextlib.contextmanager
 def open_run(
     folder:str|Path, # of the run; made if it isn't there
@@ -423,7 +491,7 @@ def open_run(
     try:
         for draft in folder.glob('*.part*'): draft.unlink() # of a write that was cut short
         kept, starts = read_config(folder) if known.exists() else (config, [])
-        differ = _differences(dataclasses.asdict(kept), wanted)
+        differ = _differences(dataclasses.asdict(_where_now(kept, config)), wanted)
         if differ: raise ValueError(f'{folder} holds another run ({differ}); choose another folder')
         start = {**provenance(device), 'seeds_at_once': together, 'compiled': compiled}
         _write_json(known, {'config': wanted, 'starts': [*starts, start]})
@@ -759,7 +827,7 @@ def train_runs(
     "Train several seeds at once, or go on training; raises `Diverged` with the iteration, the episodes and the last good state"
     _refuse_together(configs, world)
     begin, writes = time.monotonic(), world.rank == 0
-    splits = {s: _moved(d, world.device) for s,d in (splits or load_splits(configs[0], say)).items()} # once, for all seeds
+    splits = {s: _moved(d, world.device) for s,d in (splits or run_splits(folders[0], configs[0], say)).items()} # once, for all seeds
     tests, plan = plan is not None, plan or Plan(say, every=60., silent=not writes)
     with contextlib.ExitStack() as open_ones:
         noted = open_ones.enter_context(noted_signals())
@@ -807,6 +875,7 @@ def _begin(open_ones, config, folder, splits, world, say, together, compiled)->_
     any_process(world, False) # nobody writes before all have read
     for path in damaged if writes else (): os.replace(path, path.with_suffix('.damaged'))
     if writes:
+        _keep_split(folder, config, splits)
         _step_back(folder)
         if not (folder/'last.safetensors').exists(): keep_state(folder, state, config) # a run that is killed at once has a model, too
     rows = [r for r in read_metrics(folder) if r['iteration'] <= state.iteration]
@@ -837,6 +906,10 @@ def _get_ready(seeds, world, reporter, captured, tests)->None: # compile, find t
     if units: plan.add('test', units, 'tasks of a model', test_pace(setup, config.n_steps, norms, 1, portion)/world.size)
     if setup.compiled: plan.line(f'compiled in {duration(time.monotonic()-begin)}')
     plan.announce(processor() if world.device == 'cpu' else world.device)
+
+def _keep_split(folder:Path, config:Config, splits:dict)->None: # of own images, once
+    own = config.data not in data_sets and not is_object_name(config.data)
+    if own and not (folder/'split.json').exists(): _write_json(folder/'split.json', split_record(splits))
 
 # %% ../nbs/08_training.ipynb #b1447ad4
 def _loop(seeds, until, world, stop, reporter, keep_every, captured, log)->bool: # to outer step `until`; True if it was stopped before
@@ -982,7 +1055,7 @@ def test_run(
     "Accuracy of a run's best model and of the ensemble of its best models"
     if split not in ('val','test'): raise ValueError(f"no split {split!r} to test on; choose from 'val', 'test'")
     config, _ = read_config(folder)
-    setup = set_up(config, splits or load_splits(config, say), world.device, compiled)
+    setup = set_up(config, splits or run_splits(folder, config, say), world.device, compiled)
     models, names = load_models(folder, config, setup, say)
     n_tasks, n_steps, norms = n_tasks or config.test_tasks, n_steps or config.n_steps, norms or useful_norms(setup)
     portion = portion_of(world.device)
@@ -1015,7 +1088,7 @@ def train_and_test(
     **settings, # of `train_runs`
 )->str: # how training ended
     "Train, or go on training; when that is complete, test and write test.json, where it isn't there yet"
-    splits = splits or load_splits(configs[0], say)
+    splits = splits or run_splits(folders[0], configs[0], say)
     plan = Plan(say, every=60., silent=world.rank > 0)
     status = train_runs(configs, folders, splits, world, say=say, compiled=compiled, plan=plan, **settings)
     for folder in map(Path, folders) if status == 'complete' else ():
@@ -1037,7 +1110,7 @@ def replay(
     if not 0 <= iteration < _last_step(config):
         raise ValueError(f'iteration must be from 0 to {_last_step(config)-1}, got {iteration}')
     as_it_was = starts[-1].get('compiled') # other code rounds otherwise
-    setup = set_up(config, splits or load_splits(config, lambda text: None), device, as_it_was)
+    setup = set_up(config, splits or run_splits(folder, config, lambda text: None), device, as_it_was)
     state, source = _state_before(folder, iteration, config, setup)
     steps = outer_steps(config, [(setup, state)])
     plan = Plan(say)

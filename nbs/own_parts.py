@@ -37,7 +37,7 @@ def momentum(fast, gradient, meta, i, velocity):
 def half(meta, n_steps): return {'decay': torch.full_like(next(iter(meta.step_sizes.values()))[0], .5).requires_grad_()}
 
 updates['momentum'] = InnerUpdate(momentum, half)
-methods['maml-momentum'] = Method(update='momentum')
+methods['momentum'] = Method(update='momentum')
 
 
 def alfa(fast, gradient, meta, i, state):
@@ -66,7 +66,7 @@ def bounded(fast, gradient, meta, i, state):
     return {k: w - alpha[k]*of_task(gradient[k]) for k,w in fast.items()}, state
 
 updates['bounded'] = InnerUpdate(bounded)
-bounded_mamlpp = Method(multi_step=True, per_step_norm=True, step_sizes='per layer and step', update='bounded')
+methods['bounded'] = Method(multi_step=True, per_step_norm=True, step_sizes='per layer and step', update='bounded')
 
 
 def fake_pictures(seed=0):

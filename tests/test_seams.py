@@ -219,8 +219,8 @@ def test_alfa_begins_as_plain_descent(e):
 def test_another_update_takes_the_plain_road_and_says_so_once(e, capsys):
     net = small().double()
     progress._told.clear()
-    meta = method_parameters(find_method('maml-momentum'), net, e.support_x[0], 2)
-    parts = {'n_steps': 2, **inner_parts(find_method('maml-momentum'))}
+    meta = method_parameters(find_method('momentum'), net, e.support_x[0], 2)
+    parts = {'n_steps': 2, **inner_parts(find_method('momentum'))}
     for _ in range(2): same(fast_gradient(net)(task_batched(net), meta, e, **parts), meta_gradient(task_batched(net), meta, e, **parts), limit=1e-12)
     assert capsys.readouterr().err.count('not plain gradient descent') == 1
     assert 'added/decay' in meta.learned()
@@ -270,7 +270,7 @@ def no_clock(folder): return [{k: v for k, v in r.items() if k not in ('seconds'
 
 @pytest.mark.parametrize('changes', [
     {'network': f'{own_file}:Residual'}, {'network': f'{own_file}:Residual', 'dropout': True}, {'loss': f'{own_file}:smooth_labels'},
-    {'method': 'maml-momentum'}, {'method': f'{own_file}:bounded_mamlpp'}, {'optimizer': 'torch.optim:SGD', 'outer_lr': .01},
+    {'method': 'momentum'}, {'method': f'{own_file}:bounded'}, {'optimizer': 'torch.optim:SGD', 'outer_lr': .01},
     {'network': f'{own_file}:Residual', 'shared_head': True}])
 def test_a_run_with_a_part_of_ones_own_stops_and_goes_on(drawn, tmp_path, changes):
     config = dataclasses.replace(tiny, **changes)
@@ -279,7 +279,7 @@ def test_a_run_with_a_part_of_ones_own_stops_and_goes_on(drawn, tmp_path, change
     assert status == 'complete' and no_clock(tmp_path / 'whole') == no_clock(tmp_path / 'pieces')
     tested = read_run(tmp_path / 'whole')['test']
     assert set(tested['norms']) == ({'targets'} if 'network' in changes else {'targets', 'support', 'running'})
-    if config.method == 'maml-momentum':
+    if config.method == 'momentum':
         rates = [r['added']['decay'][0] for r in read_metrics(tmp_path / 'whole')]
         assert .5 not in rates and len(set(rates)) == 2
 
@@ -297,4 +297,4 @@ def test_names_that_mean_nothing_are_refused_before_any_work(drawn, tmp_path):
                           ({'loss': 'hinge'}, "no loss 'hinge'"), ({'network': 'math:sqrt'}, 'sqrt'), ({'network': f'{own_file}:nothing'}, "no 'nothing'"),
                           ({'network': f'{own_file}:Residual', 'strided': True}, 'no strided variant')):
         with pytest.raises((ValueError, TypeError), match=said): set_up(dataclasses.replace(tiny, **changes), drawn)
-    with pytest.raises(ValueError, match='a method is a Method'): Config(method=f'{own_file}:momentum')
+    with pytest.raises(ValueError, match='is no method'): Config(method=f'{own_file}:smooth')
