@@ -10,7 +10,6 @@ import collections.abc as abc
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.func import functional_call, vmap
-from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/01_network.ipynb #00000006
 class Conv4(nn.Module):
@@ -47,6 +46,7 @@ def counted_operations(
     *inputs, # what it is called with
 )->int: # multiplications and additions of its convolutions and matrix products
     "The arithmetic of one call, counted while it happens"
+    from torch.utils.flop_counter import FlopCounterMode # here: it loads torch's compiler, for seconds
     with FlopCounterMode(display=False) as counter: compute(*inputs)
     return counter.get_total_flops()
 
