@@ -56,8 +56,8 @@ class SineWaves:
         u = self.numbers(first, n_tasks)[...,None]
         a, phase, x = .1 + 4.9*u[:,:1], math.pi*u[:,1:2], -5 + 10*u[:,2:]
         y = a*(x-phase).sin()
-        x, y, k, none = x.float(), y.float(), self.k_shot, torch.empty(n_tasks, 0, dtype=torch.int64)
-        return Episodes(x[:,:k], y[:,:k], x[:,k:], y[:,k:], none, none, none)
+        x, y, k = x.float(), y.float(), self.k_shot
+        return Episodes(x[:,:k], y[:,:k], x[:,k:], y[:,k:])
 
 # %% ../nbs/02_maml.ipynb #00000009
 def naive_task_loss(

@@ -49,6 +49,7 @@ def counted_operations(
     *inputs, # what it is called with
 )->int: # multiplications and additions of its convolutions and matrix products
     "The arithmetic of one call, counted while it happens"
+    from torch.utils.flop_counter import FlopCounterMode # here: it loads torch's compiler, for seconds
     with FlopCounterMode(display=False) as counter: compute(*inputs)
     return counter.get_total_flops()
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['presets', 'networks', 'imagenet_colours', 'objectives', 'optimizers', 'default_norms', 'Log', 'exit_codes', 'Config',
-           'configure', 'only_named', 'build_network', 'Objective', 'squared_errors', 'find_objective', 'load_splits',
+           'configure', 'only_named', 'build_network', 'Objective', 'minus', 'find_objective', 'load_splits',
            'split_record', 'as_kept', 'changed_classes', 'read_split', 'run_splits', 'deals', 'Setup', 'set_up',
            'epoch_parts', 'state_tensors', 'first_state', 'save_state', 'load_state', 'open_run', 'read_config',
            'keep_state', 'newest_state', 'read_metrics', 'best_epochs', 'best_file', 'portion_of', 'noted_signals',
@@ -27,8 +27,9 @@ from .progress import Plan, duration
 from .files import cache_folder, write_safely
 from .tasks import ClassImages, EpisodeSampler, data_sets, load_data
 from .network import Conv4, TaskBatched, Weights, task_batched
+from .networks import ResNet12, image_perceptron
 from .maml import (Damaged, Deal, Diverged, Graded, Learner, MetaParameters, OuterSteps, evaluate, named_episodes,
-                            head_layer, read_checkpoint, save_meta, task_accuracies, task_losses)
+                            head_layer, read_checkpoint, save_meta, squared_errors, task_accuracies, task_losses)
 from .per_step_norm import Look, Predict, gather_statistics, has_batch_norm
 from .step_sizes import plot_step_sizes
 from .mamlpp import Phase, Schedule, find_method, inner_parts, loss_parts, method_parameters, outer_rate, phases
@@ -136,7 +137,7 @@ def configure(
     return dataclasses.replace(presets[preset], **settings)
 
 # %% ../nbs/08_training.ipynb #0000000d
-networks = {'conv4': Conv4} # what `Config.network` may name; a place for your own
+networks = {'conv4': Conv4, 'resnet12': ResNet12, 'perceptron': image_perceptron} # what `Config.network` may name; a place for your own
 imagenet_colours = (.485,.456,.406), (.229,.224,.225) # mean and standard deviation of its colours
 
 def only_named(
@@ -180,22 +181,19 @@ class Objective(NamedTuple):
     loss:Graded # (outputs, y) -> (tasks,), what both loops make smaller
     score:Graded # (outputs, y) -> (tasks,), more is better: what is reported as accuracy
 
-def squared_errors(
-    outputs:Tensor, # (tasks, points, numbers)
-    y:Tensor, # the same shape
-)->Tensor: # (tasks,)
-    "Mean squared error of each task"
-    return (outputs-y).square().flatten(1).mean(1)
+def minus(loss:Graded)->Graded: # more is better
+    "A loss as a score"
+    return lambda outputs, y: -loss(outputs, y)
 
 objectives = {'cross-entropy': Objective(task_losses, task_accuracies),
-              'squared error': Objective(squared_errors, lambda outputs, y: -squared_errors(outputs, y))} # a place for your own
+              'squared error': Objective(squared_errors, minus(squared_errors))} # a place for your own
 
 def find_objective(
     name:str, # a key of `objectives`, or the name of an `Objective` or of a loss: its score is then the negative loss
 )->Objective:
     "What a run learns"
     found = find_part(name, objectives, 'loss')
-    return found if isinstance(found, Objective) else Objective(found, lambda outputs, y: -found(outputs, y))
+    return found if isinstance(found, Objective) else Objective(found, minus(found))
 
 # %% ../nbs/08_training.ipynb #68e2cbdd
 def load_splits(
