@@ -11,7 +11,6 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from .progress import tell_once
 
 # %% ../nbs/01_network.ipynb #00000006
