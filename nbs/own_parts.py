@@ -69,7 +69,7 @@ updates['bounded'] = InnerUpdate(bounded)
 methods['bounded'] = Method(multi_step=True, per_step_norm=True, step_sizes='per layer and step', update='bounded')
 
 
-def fake_pictures(seed=0):
+def fake_pictures():
     "A data set: any labelled Dataset, here one of torchvision's"
     from torchvision.datasets import FakeData
     from mamlpp_nb.tasks import from_dataset
@@ -77,7 +77,11 @@ def fake_pictures(seed=0):
     return {split: of(split) for split in ('train','val','test')}
 
 
-def sine_waves(seed=0):
-    "And anything that deals episodes: waves of which ten points are shown"
+def sine_waves():
+    "And anything that deals episodes: ten points of a wave"
     from mamlpp_nb.maml import SineWaves
     return {split: SineWaves(split=split) for split in ('train','val','test')}
+
+def curve():
+    from mamlpp_nb.network import Perceptron
+    return Perceptron(n_outputs=1, n_inputs=1, hidden=(40,40))
