@@ -29,7 +29,7 @@ from .speed import fast_inner_loop, fast_statistics
 from .training import Config, build_network, how_unfinished, imagenet_colours, model_files, read_config, set_up
 
 # %% ../nbs/10_your_images.ipynb #11ce4be2
-_overshoot, _mean_overshoot = .45, .05 # of the range: what bicubic enlarging does at worst, to a pixel and on average
+_overshoot, _mean_overshoot = .45, .08 # of the range: what bicubic enlarging does at worst, to a pixel and on average
 
 def _as_bytes(a:np.ndarray)->np.ndarray: # numbers to uint8
     floating = np.issubdtype(a.dtype, np.floating)
