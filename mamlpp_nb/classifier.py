@@ -47,7 +47,7 @@ def _from_array(a:np.ndarray)->Image.Image: # (height, width), with 1, 3 or 4 ch
     if a.ndim != 2 and not (before or behind):
         raise ValueError('an image must be (height, width) with 1, 3 or 4 channels before or behind; '
                          f'got the shape {a.shape}')
-    if before and behind and a.shape[0] != a.shape[-1]:
+    if before and behind:
         raise ValueError(f'an image of the shape {a.shape} may have its channels before or behind; '
                          'transpose it, so that one end is more than 4')
     if before and not behind: a = np.moveaxis(a, 0, -1)

@@ -109,9 +109,9 @@ class _Shelf:
         self.place, self.skipped, self.taken = place, [], set()
         self.by_path, self.by_name = {}, collections.defaultdict(list)
         for f in list_images(place, 0, self.skipped):
-            name = f.path.replace('\\', '/').rpartition('/')[2].rpartition(':')[2]
-            self.by_path[f'{f.name}/{name}'.lstrip('/')] = f
-            self.by_name[name].append(f)
+            path = f.path[len(str(place))+1:].replace('\\', '/') # behind the folder and '/', or the zip and ':'
+            self.by_path[path] = f
+            self.by_name[path.rpartition('/')[2]].append(f)
 
     def find(self, filename:str)->list[PictureFile]: # none if it isn't there, several if nobody can tell which is meant
         path = filename.strip().replace('\\', '/').removeprefix('./')
