@@ -19,10 +19,11 @@ from .progress import Plan, tell
 from .files import cache_folder, write_safely
 from .tasks import ClassImages, EpisodeSampler
 from .network import Conv4, task_batched
-from .maml import keep_freed_memory, meta_gradient
+from .maml import Learner, OuterSteps, keep_freed_memory, meta_gradient
 from .multi_step import naive_graded_loss
 from .mamlpp import Schedule, find_method, loss_parts, method_parameters
-from .speed import Learner, OuterSteps, adjoint_gradient, autograd_calculus, conv4_calculus, fast_gradient, fused_adam, operations
+from .speed import adjoint_gradient, all_at_once, autograd_calculus, conv4_calculus, fast_gradient
+from .speed import fused_adam, operations, replay_on
 
 # %% ../nbs/a1_benchmark.ipynb #00000005
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Workload:
     n_steps:int = 5  # inner steps
     method:str = 'mamlpp' # a name that `find_method` knows
 
-workloads = {'omniglot-20w1s': Workload(20, 1, 1, 28, 64, 8), 'mini-imagenet-5w1s': Workload(5, 15, 3, 84, 48, 2)}
+workloads = {
+    'omniglot-20w1s': Workload(n_way=20, n_target=1, channels=1, size=28, filters=64, n_tasks=8),
+    'mini-imagenet-5w1s': Workload(n_way=5, n_target=15, channels=3, size=84, filters=48, n_tasks=2)}
 
 def find_workload(
     name:str, # 'omniglot-20w1s', 'mini-imagenet-5w1s', or one of them and a method, as in 'omniglot-20w1s-maml'
@@ -47,27 +50,42 @@ def find_workload(
     for size,workload in workloads.items():
         if name == size: return workload
         if name.startswith(f'{size}-'):
-            find_method(name.removeprefix(f'{size}-'))
-            return dataclasses.replace(workload, method=name.removeprefix(f'{size}-'))
-    raise ValueError(f"no workload {name!r}; choose from all, {', '.join(workloads)}, or one with a method, as in omniglot-20w1s-maml")
+            method = name.removeprefix(f'{size}-')
+            find_method(method)
+            return dataclasses.replace(workload, method=method)
+    raise ValueError(f"no workload {name!r}; choose from all, {', '.join(workloads)}, "
+                     'or one with a method, as in omniglot-20w1s-maml')
 
 # %% ../nbs/a1_benchmark.ipynb #00000007
 def _noise(w:Workload, device:str)->EpisodeSampler: # episodes of black and white noise
     n, per_class = 2*w.n_way, w.k_shot + w.n_target
     g = torch.Generator().manual_seed(0)
     images = 255*(torch.rand(n*per_class, w.channels, w.size, w.size, generator=g) > .1).to(torch.uint8)
-    return EpisodeSampler(ClassImages(images, [per_class]*n, [f'class {i}' for i in range(n)]).to(device), w.n_way, w.k_shot, w.n_target)
+    images = ClassImages(images, [per_class]*n, [f'class {i}' for i in range(n)])
+    return EpisodeSampler(images.to(device), w.n_way, w.k_shot, w.n_target)
+
+def _network(w:Workload, seed:int=0)->Conv4: return Conv4(w.n_way, w.channels, w.size, w.filters, seed=seed)
+
+def _arguments(w:Workload)->dict:
+    return loss_parts(find_method(w.method), Schedule(first_order_epochs=0), 0, w.n_steps)
 
 def _naive(net):
     def gradient(forward, meta, episodes, n_steps, second_order, loss_weights):
-        loss = naive_graded_loss(net, meta, episodes, loss_weights or [0.]*(n_steps-1) + [1.], second_order)
-        return loss.detach(), loss.new_zeros(()), dict(zip(meta.learned(), torch.autograd.grad(loss, list(meta.learned().values()), materialize_grads=True)))
+        weights = loss_weights or [0.]*(n_steps-1) + [1.]
+        loss = naive_graded_loss(net, meta, episodes, weights, second_order=second_order)
+        learned = meta.learned()
+        grads = torch.autograd.grad(loss, list(learned.values()), materialize_grads=True)
+        return loss.detach(), loss.new_zeros(()), dict(zip(learned, grads))
     return gradient
 
-def _network(w:Workload, seed:int=0)->Conv4: return Conv4(w.n_way, w.channels, w.size, w.filters, seed=seed)
-def _arguments(w:Workload)->dict: return loss_parts(find_method(w.method), Schedule(first_order_epochs=0), 0, w.n_steps)
+def _walk(calculus, **settings): # the inner loop backwards
+    def gradient(forward, meta, episodes, **arguments):
+        return adjoint_gradient(calculus(forward), meta, episodes, **settings, **arguments)
+    return gradient
 
-def _walk(calculus, **settings): return lambda forward, meta, episodes, **arguments: adjoint_gradient(calculus(forward), meta, episodes, **settings, **arguments)
+def _by_fours(net):
+    calculus = conv4_calculus(net, True)._replace(portion=4)
+    return _walk(lambda forward: calculus)
 
 def _fast(net): return fast_gradient(net, compiled=True)
 
@@ -86,7 +104,7 @@ ways = {'naive': Way(_naive),                                  # a loop over tas
         'written out': Way(lambda net: fast_gradient(net)),    # for Conv4
         'fast': Way(_fast),                                    # the same, compiled
         'fast recomputed': Way(lambda net: fast_gradient(net, compiled=True, recompute=True)),
-        'fast by fours': Way(lambda net: _walk(lambda forward, c=conv4_calculus(net, True): c._replace(portion=4))),
+        'fast by fours': Way(_by_fours),
         'three seeds': Way(_fast, 3),                          # one more batch axis
         'captured': Way(_fast, 1, 10, True),                   # replayed on a GPU
         'three seeds captured': Way(_fast, 3, 10, True)}
@@ -97,21 +115,27 @@ def outer_step(
     device:str, # where
 )->abc.Callable[[],None]: # does one outer step, or as many as the way does at once, of all its seeds
     "An outer step, ready to be timed"
-    how, method, deal, learners = ways[way], find_method(workload.method), _noise(workload, device), []
+    how, method = ways[way], find_method(workload.method)
+    deal = _noise(workload, device)
     if how.captured and not device.startswith('cuda'): raise ValueError(f'{way!r} needs a GPU, got {device}')
+    learners = []
     for seed in range(how.seeds):
         net = _network(workload, seed).to(device)
         meta = method_parameters(method, net, deal(0).support_x[0], workload.n_steps)
-        learners.append(Learner(meta, deal, fused_adam(meta), {}))
-    steps, arguments = OuterSteps(task_batched(net), learners, workload.n_tasks, how.gradient(net), longest=how.at_once, captured=how.captured), _arguments(workload)
+        learners.append(Learner(meta, deal, fused_adam(meta)))
+    steps = OuterSteps(task_batched(net), learners, workload.n_tasks, how.gradient(net), longest=how.at_once,
+                       together=all_at_once, replayed=replay_on(device) if how.captured else None)
+    arguments = _arguments(workload)
     def step():
-        if len(steps.run(0, how.at_once, **arguments)) < how.at_once: raise ArithmeticError(f'an outer step of {way!r} is not finite')
+        done = steps.run(0, how.at_once, **arguments)
+        if len(done) < how.at_once: raise ArithmeticError(f'an outer step of {way!r} is not finite')
     return step
 
 # %% ../nbs/a1_benchmark.ipynb #00000008
-def _peak(workload:Workload, way:str, device:str)->float: # GB (10^9 bytes) that an outer step adds; run in a process of its own
+def _peak(workload:Workload, way:str, device:str)->float: # GB (10^9 bytes) that an outer step adds to its process
     keep_freed_memory()
-    if ways[way].gradient is _fast or way.startswith('fast'): torch.compile(lambda x: x+1)(torch.zeros(1)) # the compiler is an import, too; it finds what `measure` compiled
+    if ways[way].gradient is _fast or way.startswith('fast'): # it finds what `measure` compiled, but
+        torch.compile(lambda x: x+1)(torch.zeros(1)) # the compiler is an import, too
     step = outer_step(workload, way, device)
     before = peak_memory(device)
     step()
@@ -135,35 +159,48 @@ def arithmetic(
     "What a workload must compute at the least"
     parts = _arguments(w)
     graded = 1 if parts['loss_weights'] is None else sum(map(bool, parts['loss_weights']))
-    return operations(_network(w), w.size, w.n_way*w.k_shot, w.n_way*w.n_target, w.n_tasks, w.n_steps, graded, parts['second_order'])
+    return operations(_network(w), w.size, w.n_way*w.k_shot, w.n_way*w.n_target, n_tasks=w.n_tasks,
+                      n_steps=w.n_steps, n_graded=graded, second_order=parts['second_order'])
+
+def _lap(step)->float: # seconds
+    start = time.perf_counter()
+    step()
+    return time.perf_counter()-start
 
 def _best(f:abc.Callable[[],object], device:str, repeats:int=5)->float: # seconds
-    laps = []
-    for _ in range(repeats+1):
-        start = time.perf_counter(); f()
+    def finished():
+        f()
         if device.startswith('cuda'): torch.cuda.synchronize()
-        laps.append(time.perf_counter()-start)
+    laps = [_lap(finished) for _ in range(repeats+1)]
     return min(laps[1:])
 
+# %% ../nbs/a1_benchmark.ipynb #8c1d0c03
 def ceilings(
     device:str, # 'cpu' or a CUDA device
 )->dict: # operations_per_second in float32, and by what; bytes_per_second of a copy, read and written
     "The most that the device was seen to do: the roofline"
     n = 4096 if device.startswith('cuda') else 1024
-    a, x, w, long = torch.rand(n, n, device=device), torch.rand(n//32, 64, 14, 14, device=device).contiguous(memory_format=torch.channels_last), torch.rand(64, 64, 3, 3, device=device), torch.rand(1<<26, device=device)
+    a = torch.rand(n, n, device=device)
+    x = torch.rand(n//32, 64, 14, 14, device=device).contiguous(memory_format=torch.channels_last)
+    w = torch.rand(64, 64, 3, 3, device=device)
+    long = torch.rand(1<<26, device=device)
     other = torch.empty_like(long)
+    convolution = 2*9*64*64*14*14*(n//32) # multiplications and additions
     speeds = {f'matrix product, {n} x {n}': 2*n**3/_best(lambda: a @ a, device),
-              f'convolution, {n//32} images': 2*9*64*64*14*14*(n//32)/_best(lambda: F.conv2d(x, w, padding=1), device)}
+              f'convolution, {n//32} images': convolution/_best(lambda: F.conv2d(x, w, padding=1), device)}
     by = max(speeds, key=speeds.get)
-    return {'operations_per_second': speeds[by], 'by': by, 'bytes_per_second': 2*long.nbytes/_best(lambda: other.copy_(long), device)}
+    copied = 2*long.nbytes/_best(lambda: other.copy_(long), device)
+    return {'operations_per_second': speeds[by], 'by': by, 'bytes_per_second': copied}
 
 def describe(
     most:dict, # from `ceilings`
 )->str: # a line
     "Ceilings in words"
     operations, bytes = most['operations_per_second'], most['bytes_per_second']
-    return f"the most that was seen: {operations/1e9:.0f} GFLOP/s ({most['by']}), {bytes/1e9:.0f} GB/s; they meet at {operations/bytes:.0f} operations per byte"
+    return (f"the most that was seen: {operations/1e9:.0f} GFLOP/s ({most['by']}), {bytes/1e9:.0f} GB/s; "
+            f'they meet at {operations/bytes:.0f} operations per byte')
 
+# %% ../nbs/a1_benchmark.ipynb #8c1d0c01
 def busy(
     step:abc.Callable[[],None], # ends when the device has done it
     device:str, # where
@@ -172,11 +209,12 @@ def busy(
     if device.startswith('cuda'):
         os.environ.setdefault('TEARDOWN_CUPTI', '0') # torch's advice where graphs are profiled
         with profile(activities=[ProfilerActivity.CUDA]): step() # the profiler itself needs a start
-        with profile(activities=[ProfilerActivity.CUDA]) as p: start = time.perf_counter(); step(); seconds = time.perf_counter()-start
-        return sum(e.self_device_time_total for e in p.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)/1e6/seconds
-    start, used = time.perf_counter(), time.process_time()
-    step()
-    return (time.process_time()-used)/(time.perf_counter()-start)/torch.get_num_threads()
+        with profile(activities=[ProfilerActivity.CUDA]) as p: seconds = _lap(step)
+        kernels = [e for e in p.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(e.self_device_time_total for e in kernels)/1e6/seconds
+    used = time.process_time()
+    seconds = _lap(step)
+    return (time.process_time()-used)/seconds/torch.get_num_threads()
 
 # %% ../nbs/a1_benchmark.ipynb #00000009
 def measure(
@@ -187,10 +225,10 @@ def measure(
     chosen:abc.Sequence[str]=('naive','fast'), # names in `ways`; ratios are to the first
     say:abc.Callable[[str],None]=lambda text: None, # takes a line of text
     patience:int=3, # times to measure, as long as a spread is above a quarter of its median
-)->list[dict]: # a row per way: workload, way, device, seconds (of an outer step of one seed), spread, ratio, per_second, first_seconds, busy, gflops, peak_gb, attempts
+)->list[dict]: # a row per way: its names, its times (seconds of an outer step of one seed), gflops, busy, peak_gb
     "Time the ways in turn"
-    unknown = set(chosen) - set(ways)
-    if unknown or not chosen: raise ValueError(f"no way {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(ways)}")
+    unknown = ', '.join(map(repr, sorted(set(chosen) - set(ways))))
+    if unknown or not chosen: raise ValueError(f"no way {unknown}; choose from {', '.join(ways)}")
     steps = {way: outer_step(workload, way, device) for way in chosen}
     if any(ways[way].gradient is _fast for way in chosen): say(f'{name}: compiling, minutes the first time')
     plan = Plan(say)
@@ -203,19 +241,21 @@ def measure(
         if tries: say(f'{name}: a spread above a quarter of the median; measured again')
         plan.add(name, rounds, 'rounds', sum(again.values())) # anew
         tries.append(_rounds(steps, rounds, plan, name))
-    laps, amount = min(tries, key=_unrest), arithmetic(workload)
+    laps = min(tries, key=_unrest)
+    amount = arithmetic(workload)
     seconds = {way: np.array(laps[way])/(ways[way].seeds*ways[way].at_once) for way in chosen}
-    return [{'workload': name, 'way': way, 'device': device, 'seconds': float(np.median(seconds[way])), 'spread': float(np.ptp(seconds[way])),
-             'ratio': float(np.median(seconds[chosen[0]]/seconds[way])), 'per_second': float(1/np.median(seconds[way])), 'first_seconds': first[way],
-             'gflops': float(amount/np.median(seconds[way])/1e9), 'busy': busy(steps[way], device), 'peak_gb': peak_gb(workload, way, device),
-             'attempts': len(tries)} for way in chosen]
+    rows = []
+    for way in chosen:
+        median = np.median(seconds[way])
+        rows.append({'workload': name, 'way': way, 'device': device,
+                     'seconds': float(median), 'spread': float(np.ptp(seconds[way])),
+                     'ratio': float(np.median(seconds[chosen[0]]/seconds[way])), 'per_second': float(1/median),
+                     'first_seconds': first[way], 'gflops': float(amount/median/1e9),
+                     'busy': busy(steps[way], device), 'peak_gb': peak_gb(workload, way, device),
+                     'attempts': len(tries)})
+    return rows
 
 # %% ../nbs/a1_benchmark.ipynb #000000c0
-def _lap(step)->float: # seconds
-    start = time.perf_counter()
-    step()
-    return time.perf_counter()-start
-
 def _rounds(steps, rounds, plan, name)->dict[str,list[float]]: # laps of each way, in turn
     laps = {way: [] for way in steps}
     with plan.doing(name) as tick:
@@ -233,12 +273,24 @@ def table(
     most:dict|None=None, # from `ceilings`: how near to them?
 )->str: # Markdown
     "Rows of measurements as a table"
-    if most: return _table(rows, ['workload', 'way', 'GFLOP/s', 'share of the most (%)', 'all arithmetic at the most (s)', 'busy (%)'],
-                           lambda r: [r['workload'], r['way'], f"{r['gflops']:.0f}", f"{1e11*r['gflops']/most['operations_per_second']:.0f}", f"{r['seconds']*1e9*r['gflops']/most['operations_per_second']:.4f}", f"{100*r['busy']:.0f}"])
-    return _table(rows, ['workload', 'way', 'device', 'seconds per outer step', 'spread (s)', 'outer steps per second', f"speed against {rows[0]['way']}", 'peak memory (GB)', 'first step (s)'],
-                  lambda r: [r['workload'], r['way'], r['device'], f"{r['seconds']:.3f}", f"{r['spread']:.3f}", f"{r['per_second']:.2f}", f"{r['ratio']:.2f}", f"{r['peak_gb']:.2f}", f"{r['first_seconds']:.1f}"])
+    head, line = _near(most) if most else _times(rows[0]['way'])
+    return '\n'.join('| ' + ' | '.join(l) + ' |' for l in [head, ['---']*len(head), *map(line, rows)])
 
-def _table(rows, head, line): return '\n'.join('| ' + ' | '.join(l) + ' |' for l in [head, ['---']*len(head), *map(line, rows)])
+def _times(first:str): # the head of a table, and what makes a line of a row
+    head = ['workload', 'way', 'device', 'seconds per outer step', 'spread (s)', 'outer steps per second',
+            f'speed against {first}', 'peak memory (GB)', 'first step (s)']
+    def line(r):
+        return [r['workload'], r['way'], r['device'], f"{r['seconds']:.3f}", f"{r['spread']:.3f}",
+                f"{r['per_second']:.2f}", f"{r['ratio']:.2f}", f"{r['peak_gb']:.2f}", f"{r['first_seconds']:.1f}"]
+    return head, line
+
+def _near(most:dict):
+    head = ['workload', 'way', 'GFLOP/s', 'share of the most (%)', 'all arithmetic at the most (s)', 'busy (%)']
+    def line(r):
+        share = 1e11*r['gflops']/most['operations_per_second']
+        least = r['seconds']*1e9*r['gflops']/most['operations_per_second']
+        return [r['workload'], r['way'], f"{r['gflops']:.0f}", f'{share:.0f}', f'{least:.4f}', f"{100*r['busy']:.0f}"]
+    return head, line
 
 # %% ../nbs/a1_benchmark.ipynb #0000000d
 def scaling(
@@ -251,14 +303,23 @@ def scaling(
 )->list[dict]: # rows as from `measure`, with n_tasks and n_steps
     "Does an outer step cost what its tasks and steps cost?"
     sizes = [{'n_tasks': n, 'n_steps': 5} for n in tasks] + [{'n_tasks': 8, 'n_steps': n} for n in steps]
-    chosen = {workload: find_workload(workload)}
-    return [{**row, **size} for name,w in chosen.items() for size in sizes for row in measure(name, dataclasses.replace(w, **size), device, rounds, (way,))]
+    w = find_workload(workload)
+    rows = []
+    for size in sizes:
+        measured = measure(workload, dataclasses.replace(w, **size), device, rounds=rounds, chosen=(way,))
+        rows += [{**row, **size} for row in measured]
+    return rows
 
+# %% ../nbs/a1_benchmark.ipynb #8c1d0c02
 def bench(
-    workload:str='all', # omniglot-20w1s or mini-imagenet-5w1s (MAML++, every step graded), or with a method, as in omniglot-20w1s-maml; all: these three
+    # omniglot-20w1s or mini-imagenet-5w1s (MAML++, every step graded), or with a method, as in omniglot-20w1s-maml;
+    # all: these three
+    workload:str='all',
     rounds:int=5, # rounds whose median counts; each takes about two outer steps (seconds)
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one
-    ways:str='auto', # what to time in turn: naive, autograd, adjoint, written out, fast (the same, compiled) and others, see appendix a1; auto: naive,written out, and on a GPU naive,fast,captured,three seeds captured
+    # what to time in turn: naive, autograd, adjoint, written out, fast (the same, compiled) and others, see appendix
+    # a1; auto: naive,written out, and on a GPU naive,fast,captured,three seeds captured
+    ways:str='auto',
     grow:bool=False, # instead, time the last way over 1 to 32 tasks and 1 to 15 inner steps
     record:str='', # file to write the rows to, with commit, device and versions; empty: none
     json:bool=False, # end with one line of JSON: a list of rows
@@ -266,13 +327,21 @@ def bench(
     "Time an outer step: the naive loop over tasks against the package's step, in turn"
     if rounds < 1: raise ValueError(f'rounds must be at least 1, got {rounds}')
     device = pick_device(device)
-    if ways == 'auto': ways = 'naive,fast,captured,three seeds captured' if device.startswith('cuda') else 'naive,written out'
-    names, ways = [*workloads][:1] + ['omniglot-20w1s-maml'] + [*workloads][1:] if workload == 'all' else [workload], [w.strip() for w in ways.split(',')]
+    if ways == 'auto':
+        ways = 'naive,fast,captured,three seeds captured' if device.startswith('cuda') else 'naive,written out'
+    ways = [w.strip() for w in ways.split(',')]
+    first, *others = workloads
+    names = [first, f'{first}-maml', *others] if workload == 'all' else [workload]
     keep_freed_memory()
     cold = not (cache_folder()/'compiled').exists()
     chosen = {name: find_workload(name) for name in names} # refuse before the first is measured
-    rows = scaling(device, ways[-1], names[0], rounds=rounds) if grow else [row for name,w in chosen.items() for row in measure(name, w, device, rounds, ways, tell)]
+    if grow: rows = scaling(device, ways[-1], names[0], rounds=rounds)
+    else:
+        rows = []
+        for name,w in chosen.items(): rows += measure(name, w, device, rounds=rounds, chosen=ways, say=tell)
     most = ceilings(device)
     print(table(rows), table(rows, most), describe(most), sep='\n\n')
-    if record: write_safely(Path(record), lambda draft: draft.write_text(dumps({'rows': rows, 'rounds': rounds, 'ceilings': most, 'cold_cache': cold, **provenance(device)}, indent=1)))
+    if record:
+        kept = {'rows': rows, 'rounds': rounds, 'ceilings': most, 'cold_cache': cold, **provenance(device)}
+        write_safely(Path(record), lambda draft: draft.write_text(dumps(kept, indent=1)))
     if json: print(dumps(rows))

@@ -7,7 +7,7 @@ __all__ = ['commands', 'train_preset', 'test_table', 'evaluate_run', 'runs', 'sh
            'main']
 
 # %% ../nbs/a2_command_line.ipynb #7cc9d0a7
-import argparse, collections.abc as abc, dataclasses, hashlib, json as jsons, math, sys
+import argparse, collections.abc as abc, dataclasses, hashlib, json as jsons, math, re, sys
 from pathlib import Path
 import torch.distributed
 from fastcore.docments import docments
@@ -15,16 +15,16 @@ from fastcore.script import Param, anno_parser
 from matplotlib.figure import Figure
 import mamlpp_nb
 from .machine import pick_device
+from .names import absolute_name, find_object, is_object_name
 from .progress import tell
 from .files import write_safely
 from .tasks import data_sets, load_data
 from .maml import Diverged, keep_freed_memory
-from .step_sizes import plot_step_sizes
-from .per_step_norm import target_norms
 from .quickstart import quickstart
 from .bench import bench
 from .processes import World, join_world
-from .training import Config, best_epochs, configure, exit_codes, plot_run, presets, read_run, replay, test_run, train_and_test
+from .training import Config, TensorBoardLog, best_epochs, configure, csv_log, exit_codes, plot_run, presets
+from .training import read_config, read_run, replay, run_splits, said_score, test_run, train_and_test
 from .reproduce import reproduce, seed_list
 from .classifier import adapt_folder
 
@@ -32,33 +32,49 @@ from .classifier import adapt_folder
 def _is_own(config:Config)->bool: return config.data not in data_sets
 
 def _folder(preset:str, config:Config)->Path: # settings beyond method and seed leave their mark in the name
-    usual = dataclasses.replace(presets[preset], method=config.method, seed=config.seed, **({'data': config.data} if _is_own(config) else {}))
-    mark = '' if config == usual else '-' + hashlib.sha256(jsons.dumps(dataclasses.asdict(config)).encode()).hexdigest()[:6]
-    name = f'{Path(config.data).stem}-{config.n_way}w{config.k_shot}s' if _is_own(config) else preset
-    return Path('runs')/f'{name}-{config.method}-seed{config.seed}{mark}'
+    own = {'data': config.data} if _is_own(config) else {}
+    usual = dataclasses.replace(presets[preset], method=config.method, seed=config.seed, **own)
+    settings = jsons.dumps(dataclasses.asdict(config)).encode()
+    mark = '' if config == usual else '-' + hashlib.sha256(settings).hexdigest()[:6]
+    name = f'{Path(config.data).stem}-{config.n_way}w{config.k_shot}s' if own else preset
+    return Path('runs')/_file_name(f'{name}-{config.method}-seed{config.seed}{mark}')
+
+def _file_name(text:str)->str: return re.sub(r'[^\w+.-]+', '-', text) # on any system
 
 def _convert(name:str, text:str): # a setting from the command line
     kind = Config.__dataclass_fields__[name].type
     try: value = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError): raise ValueError(f"--{name} must be {'true or false' if kind is bool else f'a {kind.__name__}'}, got {text!r}") from None
-    return str(Path(value).resolve()) if name == 'data' and value not in data_sets and Path(value).exists() else value # a run can be asked for from another folder later
+    except (KeyError, ValueError):
+        wanted = 'true or false' if kind is bool else f'a {kind.__name__}'
+        raise ValueError(f'--{name} must be {wanted}, got {text!r}') from None
+    if kind is str and is_object_name(value): return absolute_name(value)
+    if name != 'data' or value in data_sets or not Path(value).exists(): return value
+    return str(Path(value).resolve()) # a run can be asked for from another folder later
 
 def _preset_for(settings:dict)->str: # of own images, by their colours
-    if settings.get('data') in (None, *data_sets): raise ValueError(f"name a preset ({', '.join(presets)}), or give --data with a folder of your own images")
+    data = settings.get('data')
+    if data in (None, *data_sets) or is_object_name(data):
+        raise ValueError(f"name a preset ({', '.join(presets)}), or give --data with a folder of your own images")
     own = {'size': 'image_size', 'shares': 'shares', 'seed': 'split_seed'}
-    splits = load_data(settings['data'], **{k: settings[name] for k,name in own.items() if name in settings})
-    return f"{'grey' if splits['train'].images.shape[1] == 1 else 'colour'}-images-5w1s"
+    splits = load_data(data, **{k: settings[name] for k,name in own.items() if name in settings})
+    return 'grey-images-5w1s' if splits['train'].images.shape[1] == 1 else 'colour-images-5w1s'
 
 # %% ../nbs/a2_command_line.ipynb #e279f2df
 def train_preset(
-    preset:Param('settings to begin with: omniglot-20w1s, -20w5s, -5w1s, -5w5s, mini-imagenet-5w1s, -5w5s as the published code has them; with -paper as the paper has them; grey-images-5w1s, -5w5s, colour-images-5w1s, -5w5s for --data PATH, where it may be left out', str, opt=False, nargs='?')='',
+    preset:Param('settings to begin with: omniglot-20w1s, -20w5s, -5w1s, -5w5s, mini-imagenet-5w1s, -5w5s as the '
+                 'published code has them; with -paper as the paper has them; grey-images-5w1s, -5w5s, '
+                 'colour-images-5w1s, -5w5s for --data PATH, where it may be left out', str, opt=False, nargs='?')='',
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one
     out:str='', # folder of the run; empty: runs/ and a name made from the settings. A run that is there goes on
-    seeds:Param('several seeds to train at once, as in 0 1 2; each gets a folder (with --out: seed0, seed1 ... in it)', str, nargs='+')='',
+    seeds:Param('several seeds to train at once, as in 0 1 2; each gets a folder (with --out: seed0, seed1 ... in it)',
+                str, nargs='+')='',
     minutes:float=0., # stop after this time (minutes) with exit code 3, to go on later; 0: at the end
     no_compile:bool=False, # never wait for a compiler; the same numbers up to rounding
-    no_capture:bool=False, # on a GPU, launch every operation by itself instead of replaying outer steps as CUDA graphs
+    # on a GPU, launch every operation by itself instead of replaying outer steps as CUDA graphs
+    no_capture:bool=False,
     tensorboard:bool=False, # write for TensorBoard into the folder
+    csv:bool=False, # write metrics.csv into the folder
+    log:str='', # package.module:name or file.py:name of a function that is told each epoch's record, a dict; empty: none
     json:bool=False, # end with one line of JSON
     settings:Param(argparse.SUPPRESS)=None, # fields of `Config` that differ from the preset
 )->int: # exit code, see `exit_codes`
@@ -69,43 +85,61 @@ def train_preset(
     preset = preset or _preset_for(settings)
     config = configure(preset, **settings)
     configs = [dataclasses.replace(config, seed=s) for s in seed_list(seeds)] if seeds else [config]
-    folders = [Path(out)/f'seed{c.seed}' if out and seeds else Path(out) if out else _folder(preset, c) for c in configs]
+    if not out: folders = [_folder(preset, c) for c in configs]
+    else: folders = [Path(out)/f'seed{c.seed}' for c in configs] if seeds else [Path(out)]
     world = join_world(pick_device(device))
     say = tell if world.rank == 0 else lambda text: None
-    for c,folder in zip(configs, folders): say(f'{preset}, {c.method}, seed {c.seed}: {c.epochs} epochs of {c.iterations} outer steps, in {folder}')
-    status = train_and_test(configs, folders, world=world, minutes=minutes or None, say=say, tensorboard=tensorboard, capture=not no_capture,
-                            compiled=False if no_compile else None)
+    for c,folder in zip(configs, folders):
+        say(f'{preset}, {c.method}, seed {c.seed}: {c.epochs} epochs of {c.iterations} outer steps, in {folder}')
+    told = [*([TensorBoardLog()] if tensorboard else []), *([csv_log] if csv else []), *([find_object(log)] if log else [])]
+    status = train_and_test(configs, folders, world=world, minutes=minutes or None, say=say, log=told,
+                            capture=not no_capture, compiled=False if no_compile else None)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     if world.rank: return exit_codes[status]
     summaries = [_summary(read_run(folder), status, say) for folder in folders]
     if json: say(jsons.dumps(summaries if seeds else summaries[0]))
     return exit_codes[status]
 
+# %% ../nbs/a2_command_line.ipynb #8c1d0b01
 def _summary(run:dict, status:str, say:abc.Callable[[str],None])->dict: # what a script may want to know
     if run['test']: say(f"seed {run['config']['seed']}: {test_table(run['test'])}")
-    else: say(f"stopped ({status}) after {run['epochs']} of {run['config']['epochs']} epochs; the same command goes on; `mamlpp evaluate` and `mamlpp adapt` take it as it is")
-    return {'folder': run['folder'], 'status': status, 'epochs': run['epochs'], 'last': str(Path(run['folder'])/'last.safetensors'),
-            'validation': run['metrics'][-1]['validation']['accuracy'][-1] if run['metrics'] else None, 'test': run['test'] and run['test']['norms']}
+    else:
+        say(f"stopped ({status}) after {run['epochs']} of {run['config']['epochs']} epochs; the same command goes on; "
+            '`mamlpp evaluate` and `mamlpp adapt` take it as it is')
+    validation = run['metrics'][-1]['validation']['accuracy'][-1] if run['metrics'] else None
+    return {'folder': run['folder'], 'status': status, 'epochs': run['epochs'],
+            'last': str(Path(run['folder'])/'last.safetensors'), 'validation': validation,
+            'test': run['test'] and run['test']['norms']}
 
 # %% ../nbs/a2_command_line.ipynb #e8bc1e2a
 def test_table(
     tested:dict, # from `test_run`
 )->str: # lines of text
     "A test as text, with everything it depends on"
-    lines = [f"{tested['split']} classes, {tested['n_tasks']} tasks, {tested['n_steps']} inner steps, {tested['n_permutations']} relabelling(s); accuracy with 95 % interval over tasks",
-             f"  {'targets normalised by':24s}{'single model':>18s}   {'ensemble of ' + str(len(tested['models'])):>18s}"]
+    loss = tested['config'].get('loss', 'cross-entropy')
+    share = loss == 'cross-entropy'
+    ensemble = f"ensemble of {len(tested['models'])}"
+    lines = [f"{tested['split']} classes, {tested['n_tasks']} tasks, {tested['n_steps']} inner steps, "
+             f"{tested['n_permutations']} relabelling(s); accuracy with 95 % interval over tasks",
+             f"  {'targets normalised by':24s}{'single model':>18s}   {ensemble:>18s}"]
     for norm,pair in tested['norms'].items():
-        lines.append(f'  {norm:24s}' + '   '.join(f"{100*r['accuracy'][-1]:8.2f} ± {100*r['ci95'][-1]:.2f} %" for r in (pair['single'], pair['ensemble'])))
-        lines.append('    after 0, 1 ... inner steps: ' + ' '.join(f"{100*a:.1f}" for a in pair['single']['accuracy']) + ' % (single)')
+        both = [f'{said_score(loss, r):>16s}' for r in (pair['single'], pair['ensemble'])]
+        steps = ' '.join(f'{100*a:.1f}' if share else f'{a:.3f}' for a in pair['single']['accuracy'])
+        lines.append(f'  {norm:24s}' + '   '.join(both))
+        lines.append(f"    after 0, 1 ... inner steps: {steps}{' %' if share else ''} (single)")
     return '\n'.join([*lines, f"  {tested['tasks_per_second']:.1f} tasks per second"])
 
+# %% ../nbs/a2_command_line.ipynb #8c1d0b02
 def evaluate_run(
     run:str, # folder of a run
     split:str='test', # classes to test on: test or val
     tasks:int=0, # episodes; 0: as configured
     steps:int=0, # inner steps; 0: as in training
-    norm:str='all', # whose statistics normalise the targets: targets (of a task together, as published), support, running (per step), or all
+    # whose statistics normalise the targets: targets (of a task together, as published), support, running (per step),
+    # or all
+    norm:str='all',
     permutations:int=1, # relabellings of the support set to average over, 1 to the number of classes
+    data:str='', # where the run's own images are now, if they have moved; empty: where they were
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one
     record:str='', # file to write the result to; empty: none
     json:bool=False, # end with one line of JSON
@@ -113,35 +147,63 @@ def evaluate_run(
     "Test a run: single best model and ensemble of its best"
     for name,value in (('tasks', tasks), ('steps', steps)):
         if value < 0: raise ValueError(f'{name} must be at least 0, got {value}')
-    norms = tuple(target_norms) if norm == 'all' else (norm,)
-    tested = test_run(run, None, World(device=pick_device(device)), split, tasks or None, steps or None, norms, permutations, tell)
+    norms = None if norm == 'all' else (norm,)
+    splits = run_splits(run, read_config(run)[0], tell, data) if data else None
+    tested = test_run(run, splits, World(device=pick_device(device)), split, n_tasks=tasks or None, n_steps=steps or None,
+                      norms=norms, n_permutations=permutations, say=tell)
     print(test_table(tested))
     if record: write_safely(Path(record), lambda draft: draft.write_text(jsons.dumps(tested, indent=1)))
     if json: print(jsons.dumps(tested))
 
 # %% ../nbs/a2_command_line.ipynb #1584e536
-def _percent(r:dict|None)->str: return f"{100*r['accuracy'][-1]:.2f} ± {100*r['ci95'][-1]:.2f}" if r else '-'
+def _scored(config:dict, graded:dict|None)->str: # of a run
+    return said_score(config.get('loss', 'cross-entropy'), graded) if graded else '-'
+
+def _found_runs(folder:str)->list[dict]: # at any depth; what can't be read is left out, and said
+    found = []
+    for path in sorted(Path(folder).rglob('config.json')):
+        try: found.append(read_run(path.parent))
+        except ValueError as e: print(f'left out: {e}', file=sys.stderr)
+    return found
+
+def _best_and_test(run:dict)->tuple[dict|None,dict]: # best validation so far, and the test by the targets' statistics
+    rows = run['metrics']
+    best = rows[best_epochs(rows, 1)[0]]['validation'] if rows else None
+    return best, run['test']['norms']['targets'] if run['test'] else {}
 
 def runs(
     folder:str='runs', # where runs are looked for, at any depth
     json:bool=False, # print one line of JSON instead
 )->None:
     "A table of all runs"
-    found = []
-    for path in sorted(Path(folder).rglob('config.json')):
-        try: found.append(read_run(path.parent))
-        except ValueError as e: print(f'left out: {e}', file=sys.stderr)
-    best = [r['metrics'][best_epochs(r['metrics'], 1)[0]]['validation'] if r['metrics'] else None for r in found]
-    tests = [r['test']['norms']['targets'] if r['test'] else {} for r in found]
-    if json: print(jsons.dumps([{'folder': r['folder'], 'status': r['status'], 'epochs': r['epochs'], 'config': r['config'], 'validation': b, 'test': t or None} for r,b,t in zip(found, best, tests)])); return
-    if not found: print(f'no runs in {folder}'); return
-    head = ['run','method','way','shot','seed','epochs','status','best validation (%)','test, single (%)','test, ensemble (%)']
-    table = [head, *([r['folder'], r['config']['method'], str(r['config']['n_way']), str(r['config']['k_shot']), str(r['config']['seed']), f"{r['epochs']}/{r['config']['epochs']}", r['status'],
-                      _percent(b), _percent(t.get('single')), _percent(t.get('ensemble'))] for r,b,t in zip(found, best, tests))]
+    found = [(r, *_best_and_test(r)) for r in _found_runs(folder)]
+    if json:
+        print(jsons.dumps([{'folder': r['folder'], 'status': r['status'], 'epochs': r['epochs'], 'config': r['config'],
+                            'validation': best, 'test': test or None} for r,best,test in found]))
+        return
+    if not found:
+        print(f'no runs in {folder}')
+        return
+    table = [['run','method','way','shot','seed','epochs','status',
+              'best validation','test, single','test, ensemble']]
+    for r,best,test in found:
+        config = r['config']
+        settings = [str(config[k]) for k in ('method','n_way','k_shot','seed')]
+        table.append([r['folder'], *settings, f"{r['epochs']}/{config['epochs']}", r['status'],
+                      *(_scored(config, graded) for graded in (best, test.get('single'), test.get('ensemble')))])
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table: print('  '.join(cell.ljust(w) for cell,w in zip(row, widths)).rstrip())
 
 # %% ../nbs/a2_command_line.ipynb #58f542b4
+def _show_epochs(rows:list[dict], config:dict)->None: # about ten of them, and the best
+    best = best_epochs(rows, 1)[0]
+    print('epoch      loss  training     validation  gradient norm  seconds')
+    for m in rows:
+        if m['epoch'] not in {0, best, len(rows)-1} and m['epoch'] % max(1, len(rows)//10): continue
+        mark = '  best' if m['epoch'] == best else ''
+        print(f"{m['epoch']+1:5d}  {m['loss']:8.3f}  {m['accuracy']:8.4f}  {_scored(config, m['validation']):>14s}  "
+              f"{m['gradient_norm']:13.3f}  {m['seconds']:7.0f}{mark}")
+
 def show(
     run:str, # folder of a run
     figure:str='', # file for the curves, .png, .svg or .pdf; empty: curve.png in the folder
@@ -149,16 +211,15 @@ def show(
 )->None:
     "A run's settings, curve and test"
     r = read_run(run)
-    if json: print(jsons.dumps(r)); return
+    if json:
+        print(jsons.dumps(r))
+        return
     print(f"{r['folder']}: {r['status']}, {r['epochs']} of {r['config']['epochs']} epochs")
-    for i,s in enumerate(r['starts']): print(f"  start {i+1}: commit {s['commit']}, {s['device']}, torch {s['versions']['torch']}")
+    for i,s in enumerate(r['starts']):
+        print(f"  start {i+1}: commit {s['commit']}, {s['device']}, torch {s['versions']['torch']}")
     print('  ' + ', '.join(f'{k} {v}' for k,v in r['config'].items()))
-    rows = r['metrics']
-    if rows:
-        best = best_epochs(rows, 1)[0]
-        print('epoch      loss  accuracy (%)  validation (%)  gradient norm  seconds')
-        for m in (m for m in rows if m['epoch'] in {0, best, len(rows)-1} or m['epoch'] % max(1, len(rows)//10) == 0):
-            print(f"{m['epoch']+1:5d}  {m['loss']:8.3f}  {100*m['accuracy']:12.2f}  {_percent(m['validation']):>14s}  {m['gradient_norm']:13.3f}  {m['seconds']:7.0f}{'  best' if m['epoch'] == best else ''}")
+    if r['metrics']:
+        _show_epochs(r['metrics'], r['config'])
         drawn = Figure(figsize=(11,2.8), layout='constrained')
         plot_run(r, drawn.subplots(1, 3))
         path = Path(figure or Path(run)/'curve.png')
@@ -170,23 +231,32 @@ def show(
 def replay_step(
     run:str, # folder of a run
     iteration:int=0, # outer step to repeat, from 0
+    data:str='', # where the run's own images are now, if they have moved; empty: where they were
     device:str='cpu', # cpu, cuda, or auto: a GPU if there is one
     json:bool=False, # print one line of JSON instead
 )->None:
     "Repeat one outer step of a run, task by task, and compare with the record"
-    r = replay(run, iteration, None, pick_device(device))
-    if json: print(jsons.dumps(r)); return
-    print(f"outer step {r['iteration']}, from {r['from']}: loss {r['loss']:.6f}, on record {'none' if r['recorded'] is None else format(r['recorded'], '.6f')}")
-    for t in r['tasks']: print(f"  episode {t['episode']}: loss {t['loss']:.6f}, gradient norm {t['gradient_norm']:.4f}{'' if math.isfinite(t['gradient_norm'] + t['loss']) else '   <- not finite'}")
+    splits = run_splits(run, read_config(run)[0], tell, data) if data else None
+    r = replay(run, iteration, splits, pick_device(device))
+    if json:
+        print(jsons.dumps(r))
+        return
+    recorded = 'none' if r['recorded'] is None else f"{r['recorded']:.6f}"
+    print(f"outer step {r['iteration']}, from {r['from']}: loss {r['loss']:.6f}, on record {recorded}")
+    for t in r['tasks']:
+        mark = '' if math.isfinite(t['gradient_norm'] + t['loss']) else '   <- not finite'
+        print(f"  episode {t['episode']}: loss {t['loss']:.6f}, gradient norm {t['gradient_norm']:.4f}{mark}")
 
 # %% ../nbs/a2_command_line.ipynb #1e5442f7
-commands = {'quickstart': quickstart, 'train': train_preset, 'evaluate': evaluate_run, 'runs': runs, 'show': show, 'replay': replay_step, 'reproduce': reproduce, 'adapt': adapt_folder, 'bench': bench}
+commands = {'quickstart': quickstart, 'train': train_preset, 'evaluate': evaluate_run, 'runs': runs, 'show': show,
+            'replay': replay_step, 'reproduce': reproduce, 'adapt': adapt_folder, 'bench': bench}
 
 def usage()->str: # what `mamlpp --help` prints
     "The commands, a line each"
     lines = [f'  {name:12s}{f.__doc__}' for name,f in commands.items()]
-    return '\n'.join([f'mamlpp {mamlpp_nb.__version__}: MAML++ built chapter by chapter', '', 'usage: mamlpp COMMAND [options]', '',
-                      *lines, '', '`mamlpp COMMAND --help` lists the options of a command with defaults and units.'])
+    return '\n'.join([f'mamlpp {mamlpp_nb.__version__}: MAML++ built chapter by chapter', '',
+                      'usage: mamlpp COMMAND [options]', '', *lines, '',
+                      '`mamlpp COMMAND --help` lists the options of a command with defaults and units.'])
 
 def command_parser(
     name:str, # a key of `commands`
@@ -196,37 +266,56 @@ def command_parser(
     parser.allow_abbrev = False # an option is what it is called, or an error
     if commands[name] is train_preset:
         group = parser.add_argument_group('settings, if they should differ from the preset')
-        for field,about in docments(Config, returns=False).items(): group.add_argument(f'--{field}', metavar=Config.__dataclass_fields__[field].type.__name__.upper(), help=(about or '').replace('%', '%%'))
+        for field,about in docments(Config, returns=False).items():
+            kind = Config.__dataclass_fields__[field].type
+            group.add_argument(f'--{field}', metavar=kind.__name__.upper(), help=(about or '').replace('%', '%%'))
     return parser
 
 # %% ../nbs/a2_command_line.ipynb #41186d39
 def _underscored(word:str)->str: # --no-compile is --no_compile
+    if not word.startswith('--'): return word
     option, equals, value = word.partition('=')
-    return option.replace('-', '_').replace('__', '--', 1) + equals + value if word.startswith('--') else word
+    return option.replace('-', '_').replace('__', '--', 1) + equals + value
 
 def _plain_console()->None: # a console that can't write ± or θ gets a ? instead of an error
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
 
+def _stopped(text:str, code:int)->int:
+    print(text, file=sys.stderr)
+    return code
+
+def _options(name:str, words:list[str])->dict: # of a command's function
+    options = vars(command_parser(name).parse_args(list(map(_underscored, words))))
+    for unused in ('pdb', 'xtra'): options.pop(unused, None) # fastcore's own
+    if commands[name] is train_preset:
+        given = {k: options.pop(k) for k in Config.__dataclass_fields__}
+        options['settings'] = {k: v for k,v in given.items() if v is not None}
+    return options
+
+# %% ../nbs/a2_command_line.ipynb #8c1d0b03
 def main(
     argv:abc.Sequence[str]|None=None, # the words after `mamlpp`; None: the program's own
 )->int: # exit code
     "The `mamlpp` program"
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ('-h', '--help', 'help'): print(usage()); return 0 if words else 2
-    if words[0] == '--version': print(mamlpp_nb.__version__); return 0
+    if not words or words[0] in ('-h', '--help', 'help'):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == '--version':
+        print(mamlpp_nb.__version__)
+        return 0
     name, *rest = words
-    if name not in commands: print(f'mamlpp: no command {name!r}\n\n{usage()}', file=sys.stderr); return 2
-    options = vars(command_parser(name).parse_args(list(map(_underscored, rest))))
-    for unused in ('pdb', 'xtra'): options.pop(unused, None) # fastcore's own
-    if commands[name] is train_preset: options['settings'] = {k: v for k in Config.__dataclass_fields__ if (v := options.pop(k)) is not None}
+    if name not in commands: return _stopped(f'mamlpp: no command {name!r}\n\n{usage()}', 2)
+    options = _options(name, rest)
     keep_freed_memory()
     _plain_console()
     try: return commands[name](**options) or 0
-    except KeyboardInterrupt: print(f'\nmamlpp {name}: interrupted', file=sys.stderr); return 130
-    except ValueError as e: print(f'mamlpp {name}: {e}', file=sys.stderr); return 2
-    except Diverged as e: print(f'mamlpp {name}: {e}', file=sys.stderr); return 4
-    except OSError as e: print(f'mamlpp {name}: {e}', file=sys.stderr); return 1
+    except KeyboardInterrupt: return _stopped(f'\nmamlpp {name}: interrupted', 130)
+    except ValueError as e: return _stopped(f'mamlpp {name}: {e}', 2)
+    except Diverged as e: return _stopped(f'mamlpp {name}: {e}', 4)
+    except OSError as e: return _stopped(f'mamlpp {name}: {e}', 1)
 
 # %% ../nbs/a2_command_line.ipynb #00000008
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # python -m mamlpp_nb.cli; a notebook has no file
+if __name__ == '__main__' and '__file__' in globals(): # python -m mamlpp_nb.cli; a notebook has no file
+    sys.exit(main())

@@ -11,7 +11,7 @@ import collections.abc as abc, copy, json
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from torch import nn, Tensor
-from .network import Weights
+from .network import Weights, resting
 from .tasks import Episodes
 from .maml import Forward, MetaParameters, at_step, meta_loss, task_losses
 
@@ -38,13 +38,16 @@ def plot_losses(
     window:int=20, # outer steps a running mean goes over
 )->np.ndarray: # the axes
     "Training loss of several runs: single outer steps pale, running means strong"
-    axes = plt.subplots(1, len(panels), figsize=(2.5*len(panels)+.6, 2.6), sharey=True, layout='constrained', squeeze=False)[1][0]
+    size = (2.5*len(panels)+.6, 2.6)
+    axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout='constrained', squeeze=False)[1][0]
     for ax,(title,runs) in zip(axes, panels.items()):
         for i,run in enumerate(runs):
+            smooth = running_mean(run['loss'], window)
             ax.plot(run['loss'], color=f'C{i}', alpha=.18, lw=.7)
-            ax.plot(np.arange(window-1, len(run['loss'])), running_mean(run['loss'], window), color=f'C{i}', label=f"seed {run['config']['seed']}")
+            ax.plot(np.arange(window-1, len(run['loss'])), smooth, color=f'C{i}', label=f"seed {run['config']['seed']}")
         ax.set(title=title, xlabel='outer step')
-    axes[0].set(ylabel='meta loss (nats)'); axes[0].legend(frameon=False)
+    axes[0].set(ylabel='meta loss (nats)')
+    axes[0].legend(frameon=False)
     return axes
 
 # %% ../nbs/03_instability.ipynb #0000000b
@@ -53,8 +56,10 @@ def stability(
     window:int=20, # outer steps the loss is averaged over, and the median is taken over
 )->dict[str,float]: # 'largest setback' in nats, 'largest gradient over median'
     "How unsteady a training run was"
-    loss, norms = running_mean(run['loss'], window), np.lib.stride_tricks.sliding_window_view(run['gradient_norm'], window)
-    return {'largest setback': float((loss - np.minimum.accumulate(loss)).max()), 'largest gradient over median': float((norms.max(1)/np.median(norms, 1)).max())}
+    loss = running_mean(run['loss'], window)
+    norms = np.lib.stride_tricks.sliding_window_view(run['gradient_norm'], window)
+    return {'largest setback': float((loss - np.minimum.accumulate(loss)).max()),
+            'largest gradient over median': float((norms.max(1)/np.median(norms, 1)).max())}
 
 # %% ../nbs/03_instability.ipynb #00000010
 def summary(
@@ -64,19 +69,21 @@ def summary(
 )->dict[str,float]: # 'mean', 'std' over seeds, 'ci95' of the mean over all seeds' tasks; all in %
     "Test accuracy of a method"
     accuracy, ci95 = (np.array([r['tests'][way][k][step] for r in runs]) for k in ('accuracy','ci95'))
-    return {'mean': 100*accuracy.mean(), 'std': 100*accuracy.std(ddof=1) if len(runs) > 1 else float('nan'), 'ci95': 100*float(np.sqrt((ci95**2).sum()))/len(runs)}
+    std = accuracy.std(ddof=1) if len(runs) > 1 else float('nan')
+    return {'mean': 100*accuracy.mean(), 'std': 100*std, 'ci95': 100*float(np.sqrt((ci95**2).sum()))/len(runs)}
 
 # %% ../nbs/03_instability.ipynb #00000014
 def idle_parameters(
     net:nn.Module, # the network
     x:Tensor, # some images, (images, channels, height, width)
 )->frozenset[str]: # names
-    "Parameters that can't change the logits, to first order: biases that batch norm takes away again"
+    "Learned parameters that can't change the outputs, to first order, such as biases that batch norm takes away again"
     net, x = copy.deepcopy(net).double(), x.double()
-    logits = net(x)
-    direction = torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(x.device)
-    names, tensors = zip(*net.named_parameters())
-    norms = [g.norm() for g in torch.autograd.grad((logits*direction).sum(), tensors)]
+    with resting(net): outputs = net(x)
+    direction = torch.randn(outputs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(x.device)
+    names, tensors = zip(*((k, p) for k,p in net.named_parameters() if p.requires_grad))
+    slopes = torch.autograd.grad((outputs*direction).sum(), tensors, materialize_grads=True)
+    norms = [g.norm() for g in slopes]
     return frozenset(k for k,n in zip(names, norms) if n < 1e-9*max(norms))
 
 # %% ../nbs/03_instability.ipynb #00000016
@@ -88,9 +95,9 @@ def start_gradient(
     **parts, # arguments of `meta_loss`
 )->Weights: # by parameter name
     "The part of the meta-gradient that reaches θ₀"
-    start = {k: w for k,w in meta.start.items() if k not in idle}
+    start = {k: w for k,w in meta.start.items() if w.requires_grad and k not in idle}
     loss, _ = meta_loss(forward, meta, episodes, **parts)
-    return dict(zip(start, torch.autograd.grad(loss, list(start.values()))))
+    return dict(zip(start, torch.autograd.grad(loss, list(start.values()), materialize_grads=True)))
 
 def gradient_statistics(
     gradient:Weights, # from `start_gradient`
@@ -105,20 +112,24 @@ def gradient_statistics(
 def path_lengths(
     loss:Tensor, # computed from the leaf by plain autograd, one task, no task axis
     leaf:Tensor, # where the paths end: a parameter
-    layers:abc.Sequence[str]=('ConvolutionBackward', 'AddmmBackward', 'MmBackward'), # how nodes that multiply by a weight, or undo it, are called
+    # how nodes that multiply by a weight, or undo it, are called
+    layers:abc.Sequence[str]=('ConvolutionBackward', 'AddmmBackward', 'MmBackward'),
 )->tuple[int,int]: # fewest and most such nodes between the two
     "Weight layers on the shortest and the longest path of the computation graph"
     known = {}
     def visit(node): # (fewest, most) from here, or None if the leaf can't be reached
         if getattr(node, 'variable', None) is leaf: return 0, 0
         ends = [known[n] for n,_ in node.next_functions if n is not None and known[n]]
+        if not ends: return None
         here = node.name().startswith(tuple(layers))
-        return (here + min(e[0] for e in ends), here + max(e[1] for e in ends)) if ends else None
+        return here + min(e[0] for e in ends), here + max(e[1] for e in ends)
     stack = [loss.grad_fn]
     while stack: # depth first, without recursion: the graph is deeper than Python likes
         waiting = [n for n,_ in stack[-1].next_functions if n is not None and n not in known]
         if waiting: stack.append(waiting[0])
-        else: node = stack.pop(); known[node] = visit(node)
+        else:
+            node = stack.pop()
+            known[node] = visit(node)
     if not known[loss.grad_fn]: raise ValueError('no path leads from the loss to the leaf')
     return known[loss.grad_fn]
 
@@ -133,12 +144,12 @@ def largest_curvature(
     "How sharply the support loss bends at the starting point, for each task"
     n_tasks = len(episodes)
     start = {k: w.detach().expand(n_tasks, *w.shape).clone() for k,w in meta.start.items()}
-    at = {k: w.requires_grad_() for k,w in start.items() if only is None or k in only}
+    at = {k: w.requires_grad_() for k,w in start.items() if k in (meta.step_sizes if only is None else only)}
     loss = task_losses(forward(at_step(meta, start, 0), episodes.support_x), episodes.support_y).sum()
     slope = torch.autograd.grad(loss, list(at.values()), create_graph=True)
     g = torch.Generator().manual_seed(0)
     v = [torch.randn(w.shape, generator=g, dtype=w.dtype).to(w.device) for w in at.values()]
-    dot = lambda a, b: sum((x*y).flatten(1).sum(1) for x,y in zip(a, b))
+    def dot(a, b): return sum((x*y).flatten(1).sum(1) for x,y in zip(a, b))
     for _ in range(n_rounds):
         length = dot(v, v).sqrt()
         v = [t/length.view(-1, *[1]*(t.dim()-1)) for t in v]

@@ -26,7 +26,8 @@ def ink(
     for stroke in strokes:
         points = [(x*(size-1), y*(size-1)) for x,y in stroke]
         if len(points) > 1: draw.line(points, fill=0, width=pen, joint='curve')
-        for x,y in points[:1] + points[-1:]: draw.ellipse([x-pen/2, y-pen/2, x+pen/2, y+pen/2], fill=0) # a dot, and round ends
+        for x,y in points[:1] + points[-1:]: # a dot, and round ends
+            draw.ellipse([x-pen/2, y-pen/2, x+pen/2, y+pen/2], fill=0)
     return page
 
 # %% ../nbs/a6_drawing.ipynb #55c6095f
@@ -36,7 +37,8 @@ def answers(
     question:Strokes, # one more
 )->np.ndarray: # (steps+1, classes): probabilities before adaptation and after each step
     "Which class is this?"
-    fitted = FewShotClassifier(**classifier.get_params()).fit([ink(s) for s in examples.values()], list(range(len(examples))))
+    images = [ink(s) for s in examples.values()]
+    fitted = FewShotClassifier(**classifier.get_params()).fit(images, list(range(len(examples))))
     return np.stack([fitted.adapted_at(i).predict_proba([ink(question)])[0] for i in range(fitted.n_steps_+1)])
 
 def plot_answers(
@@ -47,7 +49,8 @@ def plot_answers(
     "How sure the network becomes, step by step"
     ax = ax or plt.subplots(figsize=(4.2,2.6), layout='constrained')[1]
     for name,p in zip(names, proba.T): ax.plot(range(len(p)), 100*p, 'o-', ms=3, lw=1, label=name)
-    ax.set(xlabel='inner step', ylabel='probability (%)', ylim=(-3,103), title=f'it says: {names[int(proba[-1].argmax())]}')
+    says = names[int(proba[-1].argmax())]
+    ax.set(xlabel='inner step', ylabel='probability (%)', ylim=(-3,103), title=f'it says: {says}')
     ax.legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1,1))
     return ax
 
@@ -55,25 +58,49 @@ def plot_answers(
 recorded = { # five characters and one of them again, as points of the strokes
     'hook': [[(.28,.15),(.28,.4),(.3,.62),(.38,.8),(.52,.85),(.66,.78),(.72,.62)]],
     'gate': [[(.22,.85),(.24,.5),(.25,.18)], [(.25,.2),(.5,.17),(.76,.2)], [(.76,.2),(.77,.5),(.75,.86)]],
-    'tree': [[(.5,.1),(.51,.5),(.5,.9)], [(.5,.3),(.34,.42),(.2,.5)], [(.5,.3),(.66,.4),(.82,.5)], [(.3,.72),(.5,.7),(.72,.73)]],
+    'tree': [[(.5,.1),(.51,.5),(.5,.9)], [(.5,.3),(.34,.42),(.2,.5)], [(.5,.3),(.66,.4),(.82,.5)],
+             [(.3,.72),(.5,.7),(.72,.73)]],
     'wave': [[(.12,.5),(.22,.32),(.33,.32),(.42,.5),(.52,.68),(.63,.68),(.72,.5),(.82,.33),(.9,.4)]],
-    'ring': [[(.5,.2),(.32,.28),(.24,.48),(.32,.7),(.5,.78),(.68,.7),(.76,.5),(.68,.28),(.5,.2)], [(.5,.48),(.52,.5)]],
+    'ring': [[(.5,.2),(.32,.28),(.24,.48),(.32,.7),(.5,.78),(.68,.7),(.76,.5),(.68,.28),(.5,.2)],
+             [(.5,.48),(.52,.5)]],
     '?':    [[(.25,.82),(.22,.52),(.27,.22)], [(.24,.24),(.48,.22),(.72,.18)], [(.73,.18),(.78,.46),(.79,.8)]]}
 
 # %% ../nbs/a6_drawing.ipynb #387ae9d5
 def _pad(canvas:Any, strokes:Strokes, changed:abc.Callable[[],None])->None: # a canvas that collects strokes
-    drawing = [False]
-    def begin(x, y): drawing[0] = True; strokes.append([(x/canvas.width, y/canvas.height)])
+    drawing = False
+    def begin(x, y):
+        nonlocal drawing
+        drawing = True
+        strokes.append([(x/canvas.width, y/canvas.height)])
     def go_on(x, y):
-        if not drawing[0]: return
-        (x0,y0), point = strokes[-1][-1], (x/canvas.width, y/canvas.height)
-        canvas.stroke_line(x0*canvas.width, y0*canvas.height, x, y); strokes[-1].append(point)
+        if not drawing: return
+        x0, y0 = strokes[-1][-1]
+        canvas.stroke_line(x0*canvas.width, y0*canvas.height, x, y)
+        strokes[-1].append((x/canvas.width, y/canvas.height))
     def end(*_):
-        if drawing[0]: drawing[0] = False; changed()
-    canvas.on_mouse_down(begin); canvas.on_mouse_move(go_on); canvas.on_mouse_up(end); canvas.on_mouse_out(end)
-    canvas.on_touch_start(lambda touches: begin(*touches[0])); canvas.on_touch_move(lambda touches: go_on(*touches[0])); canvas.on_touch_end(end); canvas.on_touch_cancel(end)
+        nonlocal drawing
+        if not drawing: return
+        drawing = False
+        changed()
+    canvas.on_mouse_down(begin)
+    canvas.on_mouse_move(go_on)
+    canvas.on_touch_start(lambda touches: begin(*touches[0]))
+    canvas.on_touch_move(lambda touches: go_on(*touches[0]))
+    for ends in (canvas.on_mouse_up, canvas.on_mouse_out, canvas.on_touch_end, canvas.on_touch_cancel): ends(end)
 
 # %% ../nbs/a6_drawing.ipynb #7916a826
+def _clear(canvas:Any)->None: # an empty canvas with a pen
+    from ipycanvas import hold_canvas
+    with hold_canvas(canvas):
+        canvas.clear()
+        canvas.line_width = 3
+        canvas.line_cap = 'round'
+
+def _show_strokes(canvas:Any, strokes:Strokes)->None:
+    from ipycanvas import hold_canvas
+    with hold_canvas(canvas):
+        for s in strokes: canvas.stroke_lines([(x*canvas.width, y*canvas.height) for x,y in s])
+
 def drawing_pad(
     classifier:FewShotClassifier|None=None, # who answers; None: the packaged model
     names:abc.Sequence[str]=('A','B','C','D','E'), # of the classes
@@ -81,34 +108,47 @@ def drawing_pad(
 )->Any: # a widget; `strokes` are the drawings by name, '?' the one in question, `answer` the latest probabilities
     "Draw a task, and see what the network makes of it"
     import ipywidgets # only notebooks have these two
-    from ipycanvas import Canvas, hold_canvas
-    classifier, fields = classifier or FewShotClassifier(), [*names, '?']
-    canvases = {k: Canvas(width=size, height=size, layout={'border': '1px solid gray', 'width': f'{size}px', 'height': f'{size}px'}) for k in fields}
-    out, hint = ipywidgets.Output(), ipywidgets.Label('Draw a character in each field, and one of them again in the last.')
+    from ipycanvas import Canvas
+    classifier = classifier or FewShotClassifier()
+    fields = [*names, '?']
+    layout = {'border': '1px solid gray', 'width': f'{size}px', 'height': f'{size}px'}
+    canvases = {k: Canvas(width=size, height=size, layout=layout) for k in fields}
+    out = ipywidgets.Output()
+    hint = ipywidgets.Label('Draw a character in each field, and one of them again in the last.')
     pad = ipywidgets.VBox()
-    pad.strokes, pad.canvases, pad.answer = {k: [] for k in fields}, canvases, None
+    pad.strokes = {k: [] for k in fields}
+    pad.canvases = canvases
+    pad.answer = None
     def show():
         missing = [k for k in fields if not pad.strokes[k]]
         hint.value = f"Still empty: {', '.join(missing)}"
         out.clear_output(wait=not missing)
         if missing: return
         pad.answer = answers(classifier, {k: pad.strokes[k] for k in names}, pad.strokes['?'])
-        hint.value = f'It says {names[int(pad.answer[-1].argmax())]}, {pad.answer[-1].max():.0%} sure. Draw on: every stroke makes a new task.'
+        says, sure = names[int(pad.answer[-1].argmax())], pad.answer[-1].max()
+        hint.value = f'It says {says}, {sure:.0%} sure. Draw on: every stroke makes a new task.'
         with out:
             axes = plot_answers(names, pad.answer)
-            plt.show(); plt.close(axes.figure)
+            plt.show()
+            plt.close(axes.figure)
     def clear(k):
         pad.strokes[k].clear()
-        with hold_canvas(canvases[k]): canvases[k].clear(); canvases[k].line_width = 3; canvases[k].line_cap = 'round'
-    def clear_all(_): pad.answer = None; [clear(k) for k in fields]; show()
+        _clear(canvases[k])
+    def clear_all(_):
+        pad.answer = None
+        for k in fields: clear(k)
+        show()
     def draw_recorded(_):
         for k,strokes in zip(fields, recorded.values()):
-            clear(k); pad.strokes[k].extend([*s] for s in strokes)
-            with hold_canvas(canvases[k]):
-                for s in strokes: canvases[k].stroke_lines([(x*size, y*size) for x,y in s])
+            clear(k)
+            pad.strokes[k].extend([*s] for s in strokes)
+            _show_strokes(canvases[k], strokes)
         show()
-    for k in fields: clear(k); _pad(canvases[k], pad.strokes[k], show)
+    for k in fields:
+        clear(k)
+        _pad(canvases[k], pad.strokes[k], show)
     buttons = [ipywidgets.Button(description=text) for text in ('clear','recorded')]
     for button,do in zip(buttons, (clear_all, draw_recorded)): button.on_click(do)
-    pad.children = [hint, ipywidgets.HBox([ipywidgets.VBox([ipywidgets.Label(k), canvases[k]]) for k in fields]), ipywidgets.HBox(buttons), out]
+    labelled = [ipywidgets.VBox([ipywidgets.Label(k), canvases[k]]) for k in fields]
+    pad.children = [hint, ipywidgets.HBox(labelled), ipywidgets.HBox(buttons), out]
     return pad

@@ -9,10 +9,10 @@ __all__ = ['gathered_tasks', 'step_logits', 'refuse_test', 'test_models', 'summa
 import collections.abc as abc, dataclasses, itertools
 import torch
 from torch import nn, Tensor
-from .tasks import Episodes, EpisodeSampler
+from .tasks import Episodes
 from .network import Weights, task_batched
-from .maml import Evaluation, Forward, MetaParameters, at_step, inner_loop
-from .per_step_norm import Predict, gather_statistics, predict_targets, target_norms
+from .maml import Deal, Evaluation, Forward, Graded, MetaParameters, at_step, inner_loop, task_accuracies
+from .per_step_norm import Look, Predict, gather_statistics, predict_targets, target_norms
 from .processes import World, own_share, sum_over
 
 # %% ../nbs/a3_evaluation.ipynb #00000006
@@ -23,16 +23,18 @@ def step_logits(
     episodes:Episodes, # a batch of tasks
     predicts:dict[str,Predict], # ways to predict the targets: see `predict_targets`
     n_steps:int=5, # inner steps, free to differ from training
-    n_permutations:int=1, # relabellings to average over, 1 ... way
+    n_permutations:int=1, # relabellings to average over, 1 ... way; more than 1 for classes only
     adapt:abc.Callable[...,abc.Iterator[Weights]]=inner_loop, # the inner loop, or what stands for it
-)->dict[str,Tensor]: # for each way to predict, (steps+1, tasks, targets, way); row 0 before adaptation
-    "Target logits after every inner step"
-    way, sums = episodes.classes.shape[1], {}
-    if not 1 <= n_permutations <= way: raise ValueError(f'n_permutations must be from 1 to {way}, the number of classes; got {n_permutations}')
+    **parts, # of the inner loop: `loss` and `update`, if they are others
+)->dict[str,Tensor]: # for each way to predict, (steps+1, tasks, targets, outputs); row 0 before adaptation
+    "Target outputs after every inner step"
+    way, sums = 1 if episodes.classes is None else episodes.classes.shape[1], {}
+    if not 1 <= n_permutations <= way:
+        raise ValueError(f'n_permutations must be from 1 to {way}, the number of classes; got {n_permutations}')
     for shift in range(n_permutations):
-        relabelled = dataclasses.replace(episodes, support_y=(episodes.support_y + shift) % way)
+        relabelled = episodes if not shift else dataclasses.replace(episodes, support_y=(episodes.support_y + shift) % way)
         before = {k: w.expand(len(episodes), *w.shape) for k,w in meta.start.items()}
-        after = adapt(forward, meta, relabelled.support_x, relabelled.support_y, n_steps, second_order=False)
+        after = adapt(forward, meta, relabelled.support_x, relabelled.support_y, n_steps, second_order=False, **parts)
         said = {name: [] for name in predicts}
         for row,fast in zip([0,*range(n_steps)], itertools.chain([before], after)): # never the weights of all steps at once
             for name,predict in predicts.items(): said[name].append(predict(at_step(meta, fast, row), relabelled))
@@ -40,9 +42,6 @@ def step_logits(
     return {name: s/n_permutations for name,s in sums.items()}
 
 # %% ../nbs/a3_evaluation.ipynb #0000000b
-def _grade(logits:Tensor, episodes:Episodes)->Tensor: # (tasks, steps+1), share of targets that are right
-    return (logits.argmax(-1) == episodes.target_y).double().mean(-1).T
-
 gathered_tasks = 100 # meta-training tasks whose statistics a running mean is of
 
 def refuse_test(
@@ -56,40 +55,47 @@ def refuse_test(
     if unknown or not norms:
         raise ValueError(f"no target norm {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(target_norms)}")
     if min(n_tasks-1, n_models, n_steps) < 1:
-        raise ValueError(f'at least 2 tasks (an interval needs them), 1 model and 1 inner step; got {n_tasks}, {n_models} and {n_steps}')
+        raise ValueError('at least 2 tasks (an interval needs them), 1 model and 1 inner step; '
+                         f'got {n_tasks}, {n_models} and {n_steps}')
 
 # %% ../nbs/a3_evaluation.ipynb #000000c0
+@torch.no_grad()
 def test_models(
     net:nn.Module, # the network all models share
     models:abc.Sequence[MetaParameters], # best first
-    sampler:EpisodeSampler, # deals the test episodes
+    sampler:Deal, # deals the test episodes
     n_tasks:int=600, # episodes 0 ... n_tasks-1
     n_steps:int=5, # inner steps, free to differ from training
     norms:abc.Sequence[str]=('targets',), # how targets are normalised, names in `target_norms`
     n_permutations:int=1, # relabellings to average over
-    gather:EpisodeSampler|None=None, # meta-training tasks for the statistics that 'running' needs
+    gather:Deal|None=None, # meta-training tasks for the statistics that 'running' needs
     portion:int=4, # tasks at a time; changes speed and memory, and results only by rounding
     world:World=World(), # processes that share the work
     adapt:abc.Callable[...,abc.Iterator[Weights]]=inner_loop, # the inner loop, or what stands for it
     predicts:dict[str,Predict]|None=None, # for each norm what predicts by it; None: `predict_targets`
-    look:abc.Callable[[Weights,Tensor],tuple[Tensor,Weights]]|None=None, # what gathers statistics; None: `with_statistics`
+    look:Look|None=None, # what gathers statistics; None: `with_statistics`
     tick:abc.Callable[[int],None]=lambda n: None, # told how many more tasks a model has done, those of `gather` too
-)->dict[str,dict[str,Evaluation]]: # for each norm, 'single': the first model, 'ensemble': the mean of all models' logits
-    "Accuracy of the best model and of the ensemble of all"
+    score:Graded=task_accuracies, # how good the targets' outputs are
+    **parts, # of the inner loop: `loss` and `update`, if they are others
+)->dict[str,dict[str,Evaluation]]: # for each norm, 'single': the first model, 'ensemble': the mean of all models' outputs
+    "Score of the best model and of the ensemble of all"
     refuse_test(norms, n_tasks, len(models), n_steps)
     if 'running' in norms:
         if gather is None: raise ValueError("the norm 'running' needs meta-training tasks to gather statistics from")
-        models = [gather_statistics(net, m, gather, gathered_tasks, n_steps, portion, adapt, look, tick) for m in models]
-    forward, predicts, own = task_batched(net), {norm: predicts[norm] if predicts else predict_targets(net, norm) for norm in norms}, own_share(n_tasks, world)
-    grades = torch.zeros(len(norms), 2, n_tasks, n_steps+1, dtype=torch.float64, device=sampler.device)
+        models = [gather_statistics(net, m, gather, gathered_tasks, n_steps, portion, adapt, look, tick, **parts) for m in models]
+    ways = {norm: predicts[norm] if predicts else predict_targets(net, norm) for norm in norms}
+    forward, own, device = task_batched(net), own_share(n_tasks, world), next(iter(models[0].start.values())).device
+    grades = torch.zeros(len(norms), 2, n_tasks, n_steps+1, dtype=torch.float64, device=device)
     for first in range(own.start, own.stop, portion):
         e = sampler(first, min(portion, own.stop-first))
         said = []
         for m in models:
-            said.append(step_logits(forward, m, e, predicts, n_steps, n_permutations, adapt))
+            said.append(step_logits(forward, m, e, ways, n_steps, n_permutations, adapt, **parts))
             tick(len(e))
         for i,norm in enumerate(norms):
-            for j,logits in enumerate((said[0][norm], sum(s[norm] for s in said))): grades[i,j,first:first+len(e)] = _grade(logits, e)
+            mean = sum(s[norm] for s in said)/len(said)
+            for j,outputs in enumerate((said[0][norm], mean)):
+                grades[i,j,first:first+len(e)] = torch.stack([score(o, e.target_y).double() for o in outputs], 1)
     grades = sum_over(world, [grades])[0].cpu()
     return {norm: {who: Evaluation(grades[i,j]) for j,who in enumerate(('single','ensemble'))} for i,norm in enumerate(norms)}
 

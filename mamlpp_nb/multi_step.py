@@ -58,6 +58,10 @@ def plot_loss_weights(
     epochs = range(anneal_epochs*3//2 + 2)
     table = [multi_step_weights(n_steps, e, anneal_epochs) for e in epochs]
     for i in range(n_steps): ax.plot(epochs, [w[i] for w in table], '.-', label=f'after step {i+1}')
-    if epoch is not None: ax.axvline(epoch, color='.5', ls=':'); ax.set_title('w = ' + ' '.join(f'{w:.3f}' for w in multi_step_weights(n_steps, epoch, anneal_epochs)), fontsize=8)
-    ax.set(xlabel='outer epoch', ylabel='weight of the target loss', ylim=(-.03,1.05)); ax.legend(frameon=False, fontsize=7)
+    if epoch is not None:
+        weights = multi_step_weights(n_steps, epoch, anneal_epochs)
+        ax.axvline(epoch, color='.5', ls=':')
+        ax.set_title('w = ' + ' '.join(f'{w:.3f}' for w in weights), fontsize=8)
+    ax.set(xlabel='outer epoch', ylabel='weight of the target loss', ylim=(-.03,1.05))
+    ax.legend(frameon=False, fontsize=7)
     return ax

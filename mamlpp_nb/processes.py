@@ -26,8 +26,11 @@ def join_world(
     "Meet the other processes: over gloo on CPUs, over NCCL on GPUs"
     size = int(os.environ.get('WORLD_SIZE', 1))
     if size == 1: return World(device=device)
-    if device == 'cuda': device = f"cuda:{os.environ['LOCAL_RANK']}"; torch.cuda.set_device(device)
-    if not dist.is_initialized(): dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(hours=1))
+    if device == 'cuda':
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    backend = 'nccl' if device.startswith('cuda') else 'gloo'
+    if not dist.is_initialized(): dist.init_process_group(backend, timeout=timedelta(hours=1))
     return World(dist.get_rank(), size, device)
 
 # %% ../nbs/a4_processes.ipynb #00000007
@@ -65,7 +68,8 @@ def shared_gradient(
     if world.size == 1: return gradient
     def reduced(forward, meta, episodes, **arguments):
         own = own_share(len(episodes), world)
-        weight, own = len(own)/len(episodes), own or range(1) # more processes than tasks: compute one that counts nothing, to know the shapes
+        weight = len(own)/len(episodes)
+        own = own or range(1) # more processes than tasks: compute one that counts nothing, to know the shapes
         loss, accuracy, gradients = gradient(forward, meta, episodes[own.start:own.stop], **arguments)
         loss, accuracy, *sums = sum_over(world, [weight*t for t in (loss, accuracy.to(loss.dtype), *gradients.values())])
         return loss, accuracy, dict(zip(gradients, sums))

@@ -22,7 +22,8 @@ from .tasks import ClassImages, EpisodeSampler, characters, plot_episode
 from .network import Conv4, task_batched
 from .maml import Evaluation, MetaParameters, Progress, at_step, inner_loop, load_meta, recent, train
 from .per_step_norm import gather_statistics, predict_targets
-from .mamlpp import Method, Phase, Schedule, find_method, method_loop, method_parameters, methods, parts, phases
+from .mamlpp import Method, Phase, Schedule, find_method, method_loop, method_parameters, methods, parts
+from .mamlpp import phases
 from .speed import fast_gradient, fast_predicts
 from .evaluation import step_logits
 from .training import Config, noted_signals
@@ -40,7 +41,8 @@ class QuickConfig:
     strided:bool = False    # strided convolutions instead of pooling
     n_steps:int = 5         # inner steps
     inner_lr:float = .1     # inner step size to begin with
-    schedule:Schedule = Schedule(n_epochs=30, multi_step_epochs=2, first_order_epochs=15, outer_lr=2e-3, last_outer_lr=2e-5)
+    schedule:Schedule = Schedule(n_epochs=30, multi_step_epochs=2, first_order_epochs=15,
+                                 outer_lr=2e-3, last_outer_lr=2e-5)
     n_tasks:int = 2         # tasks per outer step
     test_tasks:int = 200    # meta-test tasks the accuracies are averaged over; of the untrained network half as many
     tests:tuple = ('targets','support') # how the targets are normalised in the test: see `test_ways`
@@ -57,7 +59,8 @@ def epoch_at(
     return min(iteration*n_epochs//n_iterations, n_epochs-1)
 
 # %% ../nbs/a0_quickstart.ipynb #0000000d
-test_ways = {'targets': ('targets', False), 'support': ('support', False), 'running': ('running', False), 'targets, one at a time': ('targets', True)}
+test_ways = {'targets': ('targets', False), 'support': ('support', False), 'running': ('running', False),
+             'targets, one at a time': ('targets', True)}
 
 class Quick(NamedTuple):
     "The things that run"
@@ -83,9 +86,10 @@ def assemble(
     if unknown or 'targets' not in config.tests:
         raise ValueError(f"tests are 'targets' and others of {list(test_ways)}; got {list(config.tests)}")
     train_set, test_set = (splits[s].to(device) for s in ('train','test'))
-    net = Conv4(config.n_way, *test_set.images.shape[1:3], config.filters, config.strided, config.seed).to(device)
-    deal = EpisodeSampler(train_set, config.n_way, config.k_shot, config.n_target, config.seed, rotate=True)
-    test = EpisodeSampler(test_set, config.n_way, config.k_shot, 1, config.seed)
+    channels, size = test_set.images.shape[1:3]
+    net = Conv4(config.n_way, channels, size, config.filters, strided=config.strided, seed=config.seed).to(device)
+    deal = EpisodeSampler(train_set, config.n_way, config.k_shot, config.n_target, seed=config.seed, rotate=True)
+    test = EpisodeSampler(test_set, config.n_way, config.k_shot, n_target=1, seed=config.seed)
     meta = method_parameters(find_method(config.method), net, deal(0).support_x[0], config.n_steps, config.inner_lr)
     predicts = {way: predict_targets(net, *how) for way,how in test_ways.items()} | fast_predicts(net)
     return Quick(config, net, task_batched(net), meta, deal, test, fast_gradient(net), predicts)
@@ -99,10 +103,12 @@ def grade(
     tick:abc.Callable[[int],None]=lambda n: None, # told how many more tasks are graded
 )->dict[str,Evaluation]: # for each way
     "Accuracy on never-seen classes; each task is adapted to once, whatever the number of ways"
-    n_tasks, predicts, right = n_tasks or q.config.test_tasks, {way: q.predicts[way] for way in ways}, {way: [] for way in ways}
+    n_tasks = n_tasks or q.config.test_tasks
+    predicts = {way: q.predicts[way] for way in ways}
+    right = {way: [] for way in ways}
     for first in range(0, n_tasks, 20):
         e = q.test(first, min(20, n_tasks-first))
-        said = step_logits(q.forward, meta, e, predicts, q.config.n_steps)
+        said = step_logits(q.forward, meta, e, predicts, n_steps=q.config.n_steps)
         for way,logits in said.items(): right[way].append((logits.argmax(-1) == e.target_y).double().mean(-1).T)
         tick(len(e))
     return {way: Evaluation(torch.cat(r).cpu()) for way,r in right.items()}
@@ -112,9 +118,10 @@ def draw_answers(
     path:Path, # where to draw, .png
 )->None:
     "One episode of never-seen classes, with the predicted labels"
-    c, data = q.config, q.test.data
-    episode = EpisodeSampler(data, c.n_way, c.k_shot, 3, c.seed)(0)
-    *_, fast = inner_loop(q.forward, q.meta, episode.support_x, episode.support_y, c.n_steps, second_order=False)
+    c = q.config
+    episode = EpisodeSampler(q.test.data, c.n_way, c.k_shot, n_target=3, seed=c.seed)(0)
+    *_, fast = inner_loop(q.forward, q.meta, episode.support_x, episode.support_y,
+                          n_steps=c.n_steps, second_order=False)
     predicted = q.forward(at_step(q.meta, fast, c.n_steps-1), episode.target_x).argmax(-1)
     figure = Figure(figsize=(.8*c.n_way, 3.6), layout='constrained')
     plot_episode(episode, predicted=predicted, ax=figure.subplots())
@@ -127,7 +134,8 @@ def pace(
     looks:int=1, # steps of each phase whose median counts, after one to warm up
 )->list[tuple[Phase,float]]: # seconds of an outer step
     "How long an outer step takes here, in each phase of the schedule"
-    c, found = q.config, []
+    c = q.config
+    found = []
     for phase in phases(q.method, c.schedule, c.n_steps):
         laps = []
         for i in range(looks+1):
@@ -166,9 +174,13 @@ def learn(
     about:dict, # what to keep with them
 )->tuple[list[Progress],list[float]]: # the outer steps, and when each ended, in seconds from the first one's beginning
     "Meta-train, phase by phase"
-    c, n_iterations, history, ended, begin = q.config, parts[-1][2].stop, [], [], time.monotonic()
+    c = q.config
+    n_iterations = parts[-1][2].stop
+    history, ended = [], []
+    begin = time.monotonic()
     def epoch(iteration): return epoch_at(iteration, n_iterations, c.schedule.n_epochs)
-    loop = method_loop(q.method, q.forward, q.meta, q.deal, c.schedule, epoch, c.n_steps, c.n_tasks, gradient=q.gradient)
+    loop = method_loop(q.method, q.forward, q.meta, q.deal, c.schedule, epoch,
+                       n_steps=c.n_steps, n_tasks=c.n_tasks, gradient=q.gradient)
     with noted_signals() as noted:
         for phase,_,steps in parts:
             plan.line(f'outer step {steps.start+1}: {phase}')
@@ -176,9 +188,12 @@ def learn(
                 def watch(history):
                     ended.append(time.monotonic()-begin)
                     tick(1, recent(history))
-                train(loop, q.meta, len(steps), checkpoint, about, history, watch, lambda: bool(noted))
+                train(loop, q.meta, len(steps), checkpoint=checkpoint, about=about, history=history,
+                      watch=watch, stop=lambda: bool(noted))
             if noted: break
-    if noted: plan.line(f'{signal.Signals(noted[0]).name} after outer step {len(history)} of {n_iterations}: the weights so far are tested and kept')
+    if noted:
+        plan.line(f'{signal.Signals(noted[0]).name} after outer step {len(history)} of {n_iterations}: '
+                  'the weights so far are tested and kept')
     return history, ended
 
 # %% ../nbs/a0_quickstart.ipynb #0000f00e
@@ -187,8 +202,10 @@ def as_config(
     n_iterations:int, # outer steps planned
 )->Config: # of chapter 8
     "The same settings as `mamlpp train` would write them, so that what reads its models reads these"
-    s, per_epoch = config.schedule, max(1, n_iterations//config.schedule.n_epochs)
-    shared = ('data','method','n_way','k_shot','n_target','filters','strided','n_steps','inner_lr','n_tasks','test_tasks','seed')
+    s = config.schedule
+    per_epoch = max(1, n_iterations//s.n_epochs)
+    shared = ('data','method','n_way','k_shot','n_target','filters','strided','n_steps','inner_lr','n_tasks',
+              'test_tasks','seed')
     return Config(**{name: getattr(config, name) for name in shared}, epochs=s.n_epochs, iterations=per_epoch,
                   multi_step_epochs=s.multi_step_epochs, first_order_epochs=s.first_order_epochs,
                   outer_lr=s.outer_lr, last_outer_lr=s.last_outer_lr)
@@ -200,9 +217,11 @@ def make_plan(
     say:abc.Callable[[str],None]=print, # takes a line of text
 )->Plan:
     "Everything a run will do, with times"
-    n, start = q.config.test_tasks, time.monotonic()
+    n = q.config.test_tasks
+    start = time.monotonic()
     grade(q, q.meta, n_tasks=8)
-    per_task, plan = (time.monotonic()-start)/8, Plan(say)
+    per_task = (time.monotonic()-start)/8
+    plan = Plan(say)
     plan.add('test of the untrained network', max(2, n//2), 'tasks', per_task)
     for phase,seconds,steps in parts: plan.add(str(phase), len(steps), 'outer steps', seconds)
     plan.add('test', n, 'tasks', per_task*(1 + len(q.config.tests))/2)
@@ -219,30 +238,36 @@ def run_quickstart(
     say:abc.Callable[[str],None]=print, # takes a line of text
 )->dict: # the record
     "Meta-train, test on never-seen classes, keep everything"
-    begin, origin, q = time.monotonic(), provenance(device), assemble(config, splits, device) # the origin before the work: files may change meanwhile
+    begin = time.monotonic()
+    origin = provenance(device) # before the work: files may change meanwhile
+    q = assemble(config, splits, device)
     paces = pace(q, looks=3 if minutes else 1)
     n_iterations = affordable(paces, minutes) if minutes else n_iterations
     parts = stretches(paces, n_iterations)
     plan = make_plan(q, parts, say)
     plan.announce(processor() if device == 'cpu' else device)
-    with plan.doing('test of the untrained network') as tick: untrained = grade(q, q.meta, n_tasks=max(2, config.test_tasks//2), tick=tick)['targets']
-    about = {**dataclasses.asdict(config), 'config': dataclasses.asdict(as_config(config, n_iterations)), 'planned': n_iterations}
+    with plan.doing('test of the untrained network') as tick:
+        untrained = grade(q, q.meta, n_tasks=max(2, config.test_tasks//2), tick=tick)['targets']
+    as_trained = dataclasses.asdict(as_config(config, n_iterations))
+    about = {**dataclasses.asdict(config), 'config': as_trained, 'planned': n_iterations}
     begin_training = time.monotonic()
-    history, ended = learn(q, parts, plan, folder/'meta.safetensors', about)
+    history, ended = learn(q, parts, plan, checkpoint=folder/'meta.safetensors', about=about)
     trained = time.monotonic()
     results = _tests(q, plan)
     draw_answers(q, folder/'episode.png')
     record = {**_record(q, history, results), **origin, 'planned': n_iterations, 'second': ended,
               'epoch': [epoch_at(i, n_iterations, config.schedule.n_epochs) for i in range(len(history))],
-              'accuracy_untrained': untrained.accuracy, 'seconds_training': trained-begin_training, 'seconds': time.monotonic()-begin}
+              'accuracy_untrained': untrained.accuracy, 'seconds_training': trained-begin_training,
+              'seconds': time.monotonic()-begin}
     write_safely(folder/'record.json', lambda draft: draft.write_text(dumps(record)))
     return record
 
 # %% ../nbs/a0_quickstart.ipynb #0000f0c2
 def _tests(q, plan)->dict[str,Evaluation]: # by every way to normalise that was asked for
     c = q.config
-    gathered = gather_statistics(q.net, q.meta, q.deal, c.test_tasks, c.n_steps) if 'running' in c.tests else q.meta
-    with plan.doing('test') as tick: return grade(q, gathered, c.tests, tick=tick)
+    meta = q.meta
+    if 'running' in c.tests: meta = gather_statistics(q.net, meta, q.deal, n_tasks=c.test_tasks, n_steps=c.n_steps)
+    with plan.doing('test') as tick: return grade(q, meta, c.tests, tick=tick)
 
 def _record(q, history, results)->dict: # what was learned and how it went
     return {'config': dataclasses.asdict(q.config), 'iterations': len(history),
@@ -258,22 +283,28 @@ def quickstart(
     data:str='auto', # omniglot, glyphs (drawn by code, no download), or auto: Omniglot if it is on this machine
     method:str='mamlpp', # maml, mamlpp, meta-sgd, anil, boil, first-order-maml, or maml+ any of msl, bn, lslr, da, ca
     iterations:int=quick_steps, # outer steps to meta-train for; the result is the same on every machine
-    minutes:float=0., # instead, as many outer steps as fit into this time (minutes) at the pace of this machine; 0: by outer steps
+    # instead, as many outer steps as fit into this time (minutes) at the pace of this machine; 0: by outer steps
+    minutes:float=0.,
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one
     seed:int=0, # of the initial weights and the episodes
-    out:str='quickstart', # folder for the checkpoint, the figure and the record; files of an earlier run there are replaced
+    # folder for the checkpoint, the figure and the record; files of an earlier run there are replaced
+    out:str='quickstart',
     json:bool=False, # end with one line of JSON
 )->int: # exit code
     "Meta-train MAML++ on 5-way 1-shot tasks, then adapt to characters it has never seen"
     if not 0 <= minutes < math.inf: raise ValueError(f'minutes must be a number of at least 0, got {minutes}')
     if iterations < 1: raise ValueError(f'iterations must be at least 1, got {iterations}')
     find_method(method) # before anything is loaded
-    device, folder = pick_device(device), Path(out)
+    device = pick_device(device)
+    folder = Path(out)
     cold = not cache_folder().exists()
     name, splits = characters(data)
-    print(f'data: {name}, {len(splits["train"])} classes to learn from, {len(splits["test"])} never-seen classes to be tested on')
-    if data == 'auto' and name == 'glyphs': print(f'(no Omniglot under {data_root()}; `--data omniglot` downloads it there)')
-    record = run_quickstart(QuickConfig(name, method, seed=seed), splits, device, folder, iterations, minutes, tell)
+    print(f"data: {name}, {len(splits['train'])} classes to learn from, "
+          f"{len(splits['test'])} never-seen classes to be tested on")
+    if data == 'auto' and name == 'glyphs':
+        print(f'(no Omniglot under {data_root()}; `--data omniglot` downloads it there)')
+    config = QuickConfig(name, method, seed=seed)
+    record = run_quickstart(config, splits, device, folder, n_iterations=iterations, minutes=minutes, say=tell)
     record['cold_cache'] = cold
     write_safely(folder/'record.json', lambda draft: draft.write_text(dumps(record)))
     _report(record, folder)
@@ -282,25 +313,33 @@ def quickstart(
 
 # %% ../nbs/a0_quickstart.ipynb #000000c0
 def _report(record:dict, folder:Path)->None:
-    print(f"{record['iterations']} outer steps in {record['seconds_training']:.0f} s" + ('' if record['iterations'] == record['planned'] else f" of {record['planned']}: unfinished"))
+    unfinished = '' if record['iterations'] == record['planned'] else f" of {record['planned']}: unfinished"
+    print(f"{record['iterations']} outer steps in {record['seconds_training']:.0f} s{unfinished}")
     print('never-seen classes, 5-way 1-shot, accuracy with 95 % interval over tasks (untrained network in brackets):')
     for i,(a,c,u) in enumerate(zip(record['accuracy'], record['ci95'], record['accuracy_untrained'])):
-        print(f'  {"before adaptation " if i==0 else f"after inner step {i}"}  {100*a:5.1f} ± {100*c:.1f} %  ({100*u:.1f} %)')
+        when = f'after inner step {i}' if i else 'before adaptation '
+        print(f'  {when}  {100*a:5.1f} ± {100*c:.1f} %  ({100*u:.1f} %)')
     support = record['tests']['support']
-    print(f'  with targets normalised by the statistics of the support set instead of their own: {100*support["accuracy"][-1]:.1f} ± {100*support["ci95"][-1]:.1f} %')
-    print(f'checkpoint: {folder/"meta.safetensors"}\nfigure:     {folder/"episode.png"}\nrecord:     {folder/"record.json"}')
+    print('  with targets normalised by the statistics of the support set instead of their own: '
+          f"{100*support['accuracy'][-1]:.1f} ± {100*support['ci95'][-1]:.1f} %")
+    print(f"checkpoint: {folder/'meta.safetensors'}")
+    print(f"figure:     {folder/'episode.png'}")
+    print(f"record:     {folder/'record.json'}")
 
 def _brief(record:dict, folder:Path)->dict: # what a script may want to know
     kept = {name: record[name] for name in ('iterations','planned','tests','batch_norm')}
-    return {'data': record['config']['data'], 'method': record['config']['method'], **kept, 'seconds': round(record['seconds'], 1),
-            'accuracy_before': record['accuracy'][0], 'accuracy': record['accuracy'][-1], 'ci95': record['ci95'][-1],
+    return {'data': record['config']['data'], 'method': record['config']['method'], **kept,
+            'seconds': round(record['seconds'], 1), 'accuracy_before': record['accuracy'][0],
+            'accuracy': record['accuracy'][-1], 'ci95': record['ci95'][-1],
             'accuracy_untrained': record['accuracy_untrained'][-1], 'per_step': record['accuracy'],
             'checkpoint': str(folder/'meta.safetensors'), 'figure': str(folder/'episode.png')}
 
 # %% ../nbs/a0_quickstart.ipynb #c10d0001
 _calm = Schedule(n_epochs=30, multi_step_epochs=3, first_order_epochs=10, outer_lr=1e-3, last_outer_lr=1e-5)
-_first = {'filters': 64, 'n_tasks': 4, 'schedule': Schedule(n_epochs=30, multi_step_epochs=3, first_order_epochs=10, outer_lr=2e-3, last_outer_lr=2e-5)}
-_unsteady = {'filters': 64, 'n_tasks': 4, 'n_target': 1, 'inner_lr': .4, 'schedule': _calm, 'test_tasks': 40} # chapter 3: where MAML breaks
+_brisk = dataclasses.replace(_calm, outer_lr=2e-3, last_outer_lr=2e-5)
+_first = {'filters': 64, 'n_tasks': 4, 'schedule': _brisk}
+_unsteady = {'filters': 64, 'n_tasks': 4, 'n_target': 1, 'inner_lr': .4, # chapter 3: where MAML breaks
+             'schedule': _calm, 'test_tasks': 40}
 _cures = ('maml', *(f'maml+{part}' for part in parts), 'mamlpp')
 
 book_runs = { # folder: (methods, settings of QuickConfig, outer steps)
@@ -319,9 +358,12 @@ def run_settings(
     "The settings of one of the runs that the chapters read"
     chosen, settings, _ = book_runs[kind]
     if method not in chosen: raise ValueError(f"{kind} has no method {method!r}; choose from {', '.join(chosen)}")
-    if kind == 'ablation': settings = {**settings, 'tests': tuple(test_ways) if method in ('maml','maml+bn','mamlpp') else ('targets',)}
+    if kind == 'ablation':
+        tests = tuple(test_ways) if method in ('maml','maml+bn','mamlpp') else ('targets',)
+        settings = {**settings, 'tests': tests}
     return QuickConfig(data, method, seed=seed, **settings)
 
+# %% ../nbs/a0_quickstart.ipynb #8c1d0d01
 def make_runs(
     kind:str, # a key of `book_runs`
     folder:str|Path, # records go to FOLDER/KIND/METHOD-SEED.json
@@ -331,12 +373,15 @@ def make_runs(
     device:str='cpu', # where
 )->list[Path]: # the records made, without those that were there
     "Make the runs that the chapters read, as far as they are missing"
-    splits, made = characters(data)[1], []
-    for seed,method in itertools.product(seeds, book_runs[kind][0]):
+    splits = characters(data)[1]
+    chosen, _, usual = book_runs[kind]
+    made = []
+    for seed,method in itertools.product(seeds, chosen):
         kept = Path(folder)/kind/f'{method}-{seed}.json'
         if kept.exists(): continue
         with tempfile.TemporaryDirectory() as work:
-            record = run_quickstart(run_settings(kind, method, seed, data), splits, device, Path(work), iterations or book_runs[kind][2], say=lambda text: None)
+            record = run_quickstart(run_settings(kind, method, seed, data), splits, device, Path(work),
+                                    n_iterations=iterations or usual, say=lambda text: None)
         write_safely(kept, lambda draft: draft.write_text(dumps(_short(record)) + '\n'))
         made.append(kept)
     return made

@@ -23,7 +23,8 @@ class RateChart(NamedTuple):
     values:np.ndarray   # (seeds, epochs, tensors, steps)
     best:list[int]      # for each seed, the epoch (from 0) with the best validation accuracy
 
-    def at_best(self)->np.ndarray: return np.stack([v[e] for v,e in zip(self.values, self.best)]) # (seeds, tensors, steps)
+    def at_best(self)->np.ndarray: # (seeds, tensors, steps)
+        return np.stack([v[e] for v,e in zip(self.values, self.best)])
 
 def rate_chart(
     records:abc.Sequence[dict], # of the seeds of a row, from `read_records`
@@ -35,7 +36,8 @@ def rate_chart(
     names = [k for k,a in records[0]['epochs'][0]['step_sizes'].items() if len(a) > 1]
     if not names: raise ValueError(f'{title}: nothing was learned per layer and step')
     values = np.array([[[e['step_sizes'][k] for k in names] for e in r['epochs'][:epochs]] for r in records])
-    return RateChart(title, [r['seed'] for r in records], names, values, [best_epochs(r['epochs'][:epochs], 1)[0] for r in records])
+    best = [best_epochs(r['epochs'][:epochs], 1)[0] for r in records]
+    return RateChart(title, [r['seed'] for r in records], names, values=values, best=best)
 
 # %% ../nbs/13_learned_rates.ipynb #583e3299
 def _range(chart): # of all epochs, so that a slider doesn't move the axis
@@ -67,10 +69,13 @@ def rates_slider(
     if not charts: raise ValueError('at least one chart is needed')
     def epochs(chart): return [('best', -1), *((str(e+1), e) for e in range(chart.values.shape[1]))]
     choice = ipywidgets.Dropdown(options=[(c.title, i) for i,c in enumerate(charts)], description='chart')
-    slider = ipywidgets.SelectionSlider(options=epochs(charts[0]), value=-1, description='epoch', continuous_update=False)
+    slider = ipywidgets.SelectionSlider(options=epochs(charts[0]), value=-1, description='epoch',
+                                        continuous_update=False)
     def follow(change): slider.options = epochs(charts[change['new']]) # which puts it back at the best
     choice.observe(follow, 'value')
-    def show(chart, epoch): draw_rates(charts[chart], None if epoch < 0 else epoch); plt.show()
+    def show(chart, epoch):
+        draw_rates(charts[chart], None if epoch < 0 else epoch)
+        plt.show()
     return ipywidgets.interactive(show, chart=choice, epoch=slider)
 
 # %% ../nbs/13_learned_rates.ipynb #5d0a7e12
@@ -84,18 +89,25 @@ function add(svg, tag, attributes, text) {
 }
 function scales(chart) {
   const slots = chart.names.length*chart.frames[0].rates[0][0].length // tensors times steps
-  return [i => left + (i + .5)*(right - left)/slots, rate => bottom - (rate - chart.low)/(chart.high - chart.low)*(bottom - top)]
+  return [i => left + (i + .5)*(right - left)/slots,
+          rate => bottom - (rate - chart.low)/(chart.high - chart.low)*(bottom - top)]
 }
 function ticks(low, high) { // three or more, at multiples of 1, 2 or 5
-  const third = (high - low)/3, power = 10**Math.floor(Math.log10(third)), gap = power*[5, 2, 1].find(f => f*power <= third)
+  const third = (high - low)/3, power = 10**Math.floor(Math.log10(third))
+  const gap = power*[5, 2, 1].find(f => f*power <= third)
   const first = Math.ceil(low/gap), digits = Math.max(0, -Math.floor(Math.log10(gap)))
-  return Array.from({length: Math.floor(high/gap) - first + 1}, (_, k) => [(first + k)*gap, ((first + k)*gap).toFixed(digits)])
+  const values = Array.from({length: Math.floor(high/gap) - first + 1}, (_, k) => (first + k)*gap)
+  return values.map(value => [value, value.toFixed(digits)])
 }
 function axes(svg, chart) {
   const [x, y] = scales(chart), n = chart.names.length, steps = chart.frames[0].rates[0][0].length
-  const text = (x, y, words, more) => add(svg, 'text', {'text-anchor': 'middle', fill: 'currentColor', transform: `translate(${x},${y})`, ...more}, words)
+  const text = (x, y, words, more) => {
+    const usual = {'text-anchor': 'middle', fill: 'currentColor', transform: `translate(${x},${y})`}
+    return add(svg, 'text', {...usual, ...more}, words)
+  }
   const upright = (x, y, words, more) => text(x, y, words, {transform: `translate(${x},${y}) rotate(-90)`, ...more})
-  const line = (x1, y1, x2, y2, opacity) => add(svg, 'line', {x1, y1, x2, y2, stroke: 'currentColor', 'stroke-opacity': opacity})
+  const line = (x1, y1, x2, y2, opacity) =>
+    add(svg, 'line', {x1, y1, x2, y2, stroke: 'currentColor', 'stroke-opacity': opacity})
   line(left, top, left, bottom, 1)
   line(left, bottom, right, bottom, 1)
   if (chart.low < 0 && chart.high > 0) line(left, y(0), right, y(0), .5)
@@ -115,7 +127,8 @@ function axes(svg, chart) {
 
 # %% ../nbs/13_learned_rates.ipynb #5d0a7e15
 _frame = r"""
-const colors = ['#1f77b4', '#ff7f0e', '#2ca02c', '#d62728', '#9467bd', '#8c564b', '#e377c2', '#7f7f7f', '#bcbd22', '#17becf'] // matplotlib's
+const colors = [ // matplotlib's
+  '#1f77b4', '#ff7f0e', '#2ca02c', '#d62728', '#9467bd', '#8c564b', '#e377c2', '#7f7f7f', '#bcbd22', '#17becf']
 function draw(svg, chart, frame) {
   const [x, y] = scales(chart), n = chart.names.length
   svg.replaceChildren()
@@ -124,13 +137,15 @@ function draw(svg, chart, frame) {
   frame.rates.forEach((tensors, seed) => { // rates[seed][tensor][step]
     const color = colors[seed % colors.length], who = `seed ${chart.seeds[seed]}, epoch ${frame.epochs[seed]}`
     tensors[0].forEach((_, s) => {
-      add(svg, 'polyline', {fill: 'none', stroke: color, points: tensors.map((rates, t) => `${x(s*n + t)},${y(rates[s])}`).join(' ')})
+      const points = tensors.map((rates, t) => `${x(s*n + t)},${y(rates[s])}`)
+      add(svg, 'polyline', {fill: 'none', stroke: color, points: points.join(' ')})
       tensors.forEach((rates, t) => {
         const dot = add(svg, 'circle', {cx: x(s*n + t), cy: y(rates[s]), r: 3, fill: color})
         add(dot, 'title', {}, `${who}, step ${s + 1}, ${chart.names[t]}: ${rates[s]}`)
       })
     })
-    add(svg, 'text', {'text-anchor': 'middle', fill: color, x: left + (right - left)*(seed + .5)/frame.rates.length, y: 320}, who)
+    const middle = left + (right - left)*(seed + .5)/frame.rates.length
+    add(svg, 'text', {'text-anchor': 'middle', fill: color, x: middle, y: 320}, who)
   })
 }"""
 
@@ -138,20 +153,36 @@ function draw(svg, chart, frame) {
 _controls = r"""
 for (const box of document.querySelectorAll('.rates-player:not([data-ready])')) {
   const charts = JSON.parse(box.dataset.charts)
-  const [choice, slider, said, button, svg] = ['select', 'input', 'output', 'button', 'svg'].map(tag => box.querySelector(tag))
+  const [choice, slider, said, button, svg] =
+    ['select', 'input', 'output', 'button', 'svg'].map(tag => box.querySelector(tag))
   let timer = 0
   function show() {
     const chart = charts[choice.value], frame = chart.frames[slider.value]
     said.textContent = frame.name
     draw(svg, chart, frame)
   }
-  function stop() { clearInterval(timer); timer = 0; button.textContent = 'play' }
-  function next() { slider.stepUp(); show(); if (slider.value === slider.max) stop() }
+  function stop() {
+    clearInterval(timer)
+    timer = 0
+    button.textContent = 'play'
+  }
+  function next() {
+    slider.stepUp()
+    show()
+    if (slider.value === slider.max) stop()
+  }
   function play() {
     if (slider.value === slider.max) slider.value = 0 // from the start again
-    show(); timer = setInterval(next, 500); button.textContent = 'stop'
+    show()
+    timer = setInterval(next, 500)
+    button.textContent = 'stop'
   }
-  function begin() { stop(); slider.max = charts[choice.value].frames.length - 1; slider.value = 0; show() }
+  function begin() {
+    stop()
+    slider.max = charts[choice.value].frames.length - 1
+    slider.value = 0
+    show()
+  }
   charts.forEach((chart, i) => choice.add(new Option(chart.title, i)))
   choice.onchange = begin
   slider.oninput = () => { stop(); show() }
@@ -162,11 +193,16 @@ for (const box of document.querySelectorAll('.rates-player:not([data-ready])')) 
 
 # %% ../nbs/13_learned_rates.ipynb #5d0a7e13
 def _frames(chart:RateChart, most:int)->dict: # what the browser draws; rates to four digits
-    epochs = np.unique(np.linspace(0, chart.values.shape[1]-1, min(most-1, chart.values.shape[1])).round().astype(int)).tolist()
-    def frame(name, epochs, rates): return {'name': name, 'epochs': [e+1 for e in epochs], 'rates': np.vectorize(lambda r: float(f'{r:.4g}'))(rates).tolist()}
+    n = chart.values.shape[1]
+    shown = np.unique(np.linspace(0, n-1, min(most-1, n)).round().astype(int)).tolist()
+    short = np.vectorize(lambda r: float(f'{r:.4g}'))
+    def frame(name, epochs, rates):
+        return {'name': name, 'epochs': [e+1 for e in epochs], 'rates': short(rates).tolist()}
+    frames = [frame('best', chart.best, chart.at_best())]
+    frames += [frame(str(e+1), [e]*len(chart.seeds), chart.values[:,e]) for e in shown]
     low, high = _range(chart)
-    return {'title': chart.title, 'seeds': chart.seeds, 'names': [k.replace('.weight','') for k in chart.names], 'low': low, 'high': high,
-            'frames': [frame('best', chart.best, chart.at_best()), *(frame(str(e+1), [e]*len(chart.seeds), chart.values[:,e]) for e in epochs)]}
+    return {'title': chart.title, 'seeds': chart.seeds, 'names': [k.replace('.weight','') for k in chart.names],
+            'low': low, 'high': high, 'frames': frames}
 
 def rates_player(
     *charts:RateChart, # from `rate_chart`; the page offers a choice of them
@@ -177,7 +213,9 @@ def rates_player(
     data = html.escape(json.dumps([_frames(c, most) for c in charts], separators=(',',':')))
     keys = 'data-lm-suppress-shortcuts="true"' # or JupyterLab takes letters and arrows for its commands
     return f'''<div class="rates-player" data-charts="{data}">
-<p><label>chart <select {keys}></select></label> <label>epoch <input type="range" min="0" value="0" {keys}></label> <output>best</output> <button type="button" {keys}>play</button></p>
+<p><label>chart <select {keys}></select></label>
+<label>epoch <input type="range" min="0" value="0" {keys}></label>
+<output>best</output> <button type="button" {keys}>play</button></p>
 <svg viewBox="0 0 860 330" role="img" font-family="sans-serif" font-size="11" style="width:100%;max-width:860px"></svg>
 <script>(() => {{{_axes}{_frame}{_controls}}})()</script></div>'''
 
@@ -189,7 +227,9 @@ def _convolutions(chart): return [_magnitude(chart, f'conv{i}.weight').mean(1) f
 
 def _early_and_late(chart): # signed, (seeds, tensors, steps)
     signed = chart.at_best()
-    return tuple(signed[:, [n in names for n in chart.names]] for names in (('conv0.weight','conv1.weight'), ('conv2.weight','conv3.weight')))
+    early = np.isin(chart.names, ['conv0.weight','conv1.weight'])
+    late = np.isin(chart.names, ['conv2.weight','conv3.weight'])
+    return signed[:,early], signed[:,late]
 
 def _by_step(chart): return _magnitude(chart, 'conv', 'head.weight').mean(1) # (seeds, steps)
 
@@ -228,43 +268,57 @@ def mirrored(
 )->list[tuple[float,float]]: # for each pair of seeds: correlation with signs, and of magnitudes
     "Are two seeds reflections of each other?"
     flat = chart.at_best().reshape(len(chart.seeds), -1)
-    pairs = [(i, j) for i in range(len(flat)) for j in range(i)]
-    return [tuple(float(np.corrcoef(f(flat[i]), f(flat[j]))[0,1]) for f in (lambda v: v, np.abs)) for i,j in pairs]
+    size = np.abs(flat)
+    def alike(v, i, j): return float(np.corrcoef(v[i], v[j])[0,1])
+    return [(alike(flat, i, j), alike(size, i, j)) for i in range(len(flat)) for j in range(i)]
 
-def _all(numbers, rule)->str: return 'confirmed' if len(numbers) and all(map(rule, numbers)) else 'not confirmed'
+def _tested(chart, statistic, rule)->tuple[list[float],str]: # a value per seed, and the verdict
+    if chart is None: return [], 'not tested'
+    values = [float(v) for v in statistic(chart)]
+    return values, 'confirmed' if values and all(map(rule, values)) else 'not confirmed'
 
+def _mirroring(chart)->tuple[list[float],str]: # a value per pair of seeds, and the verdict
+    pairs = mirrored(chart) if chart else []
+    if not pairs: return [], 'not tested'
+    values = [signs for signs,_ in pairs]
+    return values, 'confirmed' if all(signs < 0 and size > .5 for signs,size in pairs) else 'not confirmed'
+
+# %% ../nbs/13_learned_rates.ipynb #8c1d0e01
 def observations(
     one_shot:RateChart|None, # Omniglot, one image per class
     five_shot:RateChart|None=None, # Omniglot, five
     mini:RateChart|None=None, # mini-ImageNet, one image per class
     mini_five:RateChart|None=None, # mini-ImageNet, five
-)->list[dict]: # for each observation: number, about, a value per seed (or pair of seeds), verdict: 'confirmed', 'not confirmed' or 'not tested'
+)->list[dict]: # number, about, values (one per seed or pair of seeds), verdict: confirmed, not confirmed, or not tested
     "The source's observations, as statistics"
-    def one(chart, f, rule): return ([], 'not tested') if chart is None else ((v := [float(x) for x in f(chart)]), _all(v, rule))
-    found = [('the last convolution learns fastest', *one(one_shot, _last_convolution, lambda v: v > 1)),
-             ('early layers hardly move before the last step', *one(one_shot, _early_before_last, lambda v: v < .25)),
-             ('early layers move in the last step', *one(one_shot, _early_in_last, lambda v: v > 2)),
-             ('negative rates sit in early layers', *one(one_shot, _negative_early, lambda v: v > 0)),
-             ('steps 1 and 3 are high, 2 and 4 medium, 5 low', *one(one_shot, _ordered_steps, lambda v: v > 1)),
-             ('with five shots the rates are higher', *one(one_shot and five_shot, lambda c: _by_step(c).mean(1)/_by_step(one_shot).mean(), lambda v: v > 1)),
-             ('with five shots they fall from step to step', *one(five_shot, _falling, lambda v: v < -.8)),
-             ('on mini-ImageNet the last step is strong in 1-shot', *one(mini, _last_step, lambda v: v > 1.5)),
-             ("on mini-ImageNet the head's biases learn fast, layer 1 not at all", *one(mini, _head_bias, lambda v: v > 4)),
-             ('on mini-ImageNet the last step is weak in 5-shot', *one(mini_five, _last_step, lambda v: v < 2/3))]
-    pairs = mirrored(one_shot) if one_shot else []
-    verdict = 'not tested' if not pairs else 'confirmed' if all(signs < 0 and size > .5 for signs,size in pairs) else 'not confirmed'
-    found.append(('seeds mirror each other', [signs for signs,_ in pairs], verdict))
-    return [{'number': i+1, 'about': about, 'values': values, 'verdict': verdict} for i,(about,values,verdict) in enumerate(found)]
+    def higher(chart): return _by_step(chart).mean(1)/_by_step(one_shot).mean()
+    asked = [('the last convolution learns fastest', one_shot, _last_convolution, lambda v: v > 1),
+             ('early layers hardly move before the last step', one_shot, _early_before_last, lambda v: v < .25),
+             ('early layers move in the last step', one_shot, _early_in_last, lambda v: v > 2),
+             ('negative rates sit in early layers', one_shot, _negative_early, lambda v: v > 0),
+             ('steps 1 and 3 are high, 2 and 4 medium, 5 low', one_shot, _ordered_steps, lambda v: v > 1),
+             ('with five shots the rates are higher', one_shot and five_shot, higher, lambda v: v > 1),
+             ('with five shots they fall from step to step', five_shot, _falling, lambda v: v < -.8),
+             ('on mini-ImageNet the last step is strong in 1-shot', mini, _last_step, lambda v: v > 1.5),
+             ("on mini-ImageNet the head's biases learn fast, layer 1 not at all", mini, _head_bias, lambda v: v > 4),
+             ('on mini-ImageNet the last step is weak in 5-shot', mini_five, _last_step, lambda v: v < 2/3)]
+    found = [(about, *_tested(chart, statistic, rule)) for about,chart,statistic,rule in asked]
+    found.append(('seeds mirror each other', *_mirroring(one_shot)))
+    return [{'number': i, 'about': about, 'values': values, 'verdict': verdict}
+            for i,(about,values,verdict) in enumerate(found, 1)]
 
 # %% ../nbs/13_learned_rates.ipynb #00000014
 def with_rates(
     meta:MetaParameters, # a model; unchanged
-    change:abc.Callable[[Tensor],Tensor], # the table of all tensors that have a rate for each step, (tensors, steps) -> the same shape
+    # the table of all tensors that have a rate for each step, (tensors, steps) -> the same shape
+    change:abc.Callable[[Tensor],Tensor],
 )->MetaParameters: # the same with other step sizes
     "A model with other rates"
     names = [k for k,a in meta.step_sizes.items() if a.numel() == len(a) > 1]
     if not names: raise ValueError('this model has no step size per layer and step')
     table = torch.stack([meta.step_sizes[k].detach().flatten() for k in names])
     new = change(table.clone())
-    if new.shape != table.shape: raise ValueError(f'the changed table must have the shape {tuple(table.shape)}, got {tuple(new.shape)}')
-    return meta._replace(step_sizes={**meta.step_sizes, **{k: row.view_as(meta.step_sizes[k]) for k,row in zip(names, new)}})
+    if new.shape != table.shape:
+        raise ValueError(f'the changed table must have the shape {tuple(table.shape)}, got {tuple(new.shape)}')
+    changed = {k: row.view_as(meta.step_sizes[k]) for k,row in zip(names, new)}
+    return meta._replace(step_sizes={**meta.step_sizes, **changed})

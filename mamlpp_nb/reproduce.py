@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tables', 'record_schema', 'Row', 'run_operations', 'make_record', 'read_records', 'over_seeds', 'results_table',
-           'plot_curves', 'seed_list', 'chosen_rows', 'reproduce']
+           'plot_curves', 'seed_list', 'chosen_rows', 'at_once', 'reproduce']
 
 # %% ../nbs/a5_reproduce.ipynb #00000003
 import collections.abc as abc, dataclasses, fnmatch, functools, json as jsons, math, time
@@ -26,37 +26,62 @@ from .training import Config, configure, exit_codes, load_models, read_run, set_
 class Row(NamedTuple):
     "A row of a table"
     config:Config # of all its seeds
-    published:tuple[float,...] = () # accuracy and its standard deviation over seeds, in %, as far as they were published
+    published:tuple[float,...] = () # accuracy and its standard deviation over seeds, in %, as far as published
 
 def _rows(preset:str, published:dict[str,tuple[float,...]], mark:str='', **changes)->dict[str,Row]:
-    return {f"{preset.rpartition('-')[2]}-{method}{mark}": Row(configure(preset, method=method, **changes), numbers) for method,numbers in published.items()}
+    short = preset.rpartition('-')[2]
+    return {f'{short}-{method}{mark}': Row(configure(preset, method=method, **changes), numbers)
+            for method,numbers in published.items()}
 
-_rest = dict.fromkeys(('mamlpp','maml','maml+lslr','maml+bn','maml+msl','meta-sgd'), ())
-_small = {'filters': 32, 'n_tasks': 4, 'epochs': 10, 'iterations': 200, 'multi_step_epochs': 1, 'validation_tasks': 200, 'keep': 3}
-_small_mini = {'filters': 16, 'n_target': 3, 'n_tasks': 4, 'epochs': 5, 'iterations': 120, 'multi_step_epochs': 1, 'outer_lr': 3e-3, 'validation_tasks': 40, 'test_tasks': 150, 'keep': 3}
-def _extensions(preset:str, average:float, **changes)->dict[str,Row]: # MAML++ with one thing changed, and two methods that adapt less
+def _extensions(preset:str, average:float, **changes)->dict[str,Row]: # MAML++ with one thing changed
     epochs = changes.get('epochs', configure(preset).epochs)
-    changed = {'first-order': {'first_order_epochs': epochs}, 'annealed': {'first_order_epochs': epochs//2}, 'targets-5': {'n_target': 5}, 'average': {'average': average}, 'steps-10': {'n_steps': 10}, 'shared-head': {'shared_head': True}}
-    return {k: r for mark,c in changed.items() for k,r in _rows(preset, {'mamlpp': ()}, f'-{mark}', **changes, **c).items()} | _rows(preset, {'anil': (), 'boil': ()}, **changes)
+    changed = {'first-order': {'first_order_epochs': epochs}, 'annealed': {'first_order_epochs': epochs//2},
+               'targets-5': {'n_target': 5}, 'average': {'average': average}, 'steps-10': {'n_steps': 10},
+               'shared-head': {'shared_head': True}}
+    found = {}
+    for mark,change in changed.items(): found |= _rows(preset, {'mamlpp': ()}, f'-{mark}', **changes, **change)
+    return found | _rows(preset, {'anil': (), 'boil': ()}, **changes) # and two methods that adapt less
 
-_one_shot = {'mamlpp': (97.65,.05), 'maml': (91.27,1.07), 'maml+lslr': (95.77,.38), 'maml+bn': (95.35,.23), 'maml+msl': (91.53,.69)}
+# %% ../nbs/a5_reproduce.ipynb #8c1d0a01
+_small = {'filters': 32, 'n_tasks': 4, 'epochs': 10, 'iterations': 200, 'multi_step_epochs': 1,
+          'validation_tasks': 200, 'keep': 3}
+_small_mini = {'filters': 16, 'n_target': 3, 'n_tasks': 4, 'epochs': 5, 'iterations': 120, 'multi_step_epochs': 1,
+               'outer_lr': 3e-3, 'validation_tasks': 40, 'test_tasks': 150, 'keep': 3}
+_plus, _both = {'mamlpp': ()}, {'mamlpp': (), 'maml': ()}
+_rest = dict.fromkeys(('mamlpp','maml','maml+lslr','maml+bn','maml+msl','meta-sgd'), ())
+_one_shot = {'mamlpp': (97.65,.05), 'maml': (91.27,1.07), 'maml+lslr': (95.77,.38), 'maml+bn': (95.35,.23),
+             'maml+msl': (91.53,.69)}
+_five_shot = {'mamlpp': (99.33,.03), 'maml': (98.78,)}
 
-tables = {'omniglot': _rows('omniglot-20w1s', _one_shot) | _rows('omniglot-20w5s', {'mamlpp': (99.33,.03), 'maml': (98.78,)}) | _rows('omniglot-20w1s', {'meta-sgd': (95.93,.38)})
-                      | _rows('omniglot-20w5s', {**_rest, 'mamlpp': (99.33,.03), 'maml': (98.78,), 'meta-sgd': (98.97,.19)}) | _rows('omniglot-5w1s', _rest) | _rows('omniglot-5w5s', _rest),
-          'stability': _rows('omniglot-20w1s', {'maml': (), 'mamlpp': ()}, '-strided', strided=True),
-          'extensions': _extensions('omniglot-20w1s', .999) | _rows('omniglot-20w1s', {'mamlpp': ()}, '-tasks-16', n_tasks=16)
-                        | _rows('omniglot-20w1s', {'mamlpp': ()}, '-all', n_target=5, average=.999, n_tasks=16, shared_head=True),
-          'mini-imagenet': _rows('mini-imagenet-5w1s', {'mamlpp': (52.40,1.13), 'maml': (48.64,)}) | _rows('mini-imagenet-5w5s', {'mamlpp': (67.15,.26), 'maml': (64.78,)}),
-          'omniglot-small': _rows('omniglot-5w1s', _rest, **_small),
-          'extensions-small': _extensions('omniglot-5w1s', .99, **_small) | _rows('omniglot-5w1s', {'mamlpp': ()}, '-shared-head-targets-5', shared_head=True, n_target=5, **_small),
-          'five-shot-small': _rows('omniglot-5w5s', {'mamlpp': ()}, **_small),
-          'mini-imagenet-small': _rows('mini-imagenet-5w1s', {'mamlpp': (), 'maml': ()}, **_small_mini) | _rows('mini-imagenet-5w1s', {'mamlpp': (), 'maml': ()}, '-rate-0.1', inner_lr=.1, **_small_mini)
-                                 | _rows('mini-imagenet-5w5s', {'mamlpp': (), 'maml': ()}, **_small_mini)}
+tables = {
+    'omniglot': _rows('omniglot-20w1s', _one_shot)
+                | _rows('omniglot-20w5s', _five_shot)
+                | _rows('omniglot-20w1s', {'meta-sgd': (95.93,.38)})
+                | _rows('omniglot-20w5s', {**_rest, **_five_shot, 'meta-sgd': (98.97,.19)})
+                | _rows('omniglot-5w1s', _rest)
+                | _rows('omniglot-5w5s', _rest),
+    'stability': _rows('omniglot-20w1s', {'maml': (), 'mamlpp': ()}, '-strided', strided=True),
+    'extensions': _extensions('omniglot-20w1s', .999)
+                  | _rows('omniglot-20w1s', _plus, '-tasks-16', n_tasks=16)
+                  | _rows('omniglot-20w1s', _plus, '-all', n_target=5, average=.999, n_tasks=16, shared_head=True),
+    'mini-imagenet': _rows('mini-imagenet-5w1s', {'mamlpp': (52.40,1.13), 'maml': (48.64,)})
+                     | _rows('mini-imagenet-5w5s', {'mamlpp': (67.15,.26), 'maml': (64.78,)}),
+    'omniglot-small': _rows('omniglot-5w1s', _rest, **_small),
+    'extensions-small': _extensions('omniglot-5w1s', .99, **_small)
+                        | _rows('omniglot-5w1s', _plus, '-shared-head-targets-5',
+                                shared_head=True, n_target=5, **_small),
+    'five-shot-small': _rows('omniglot-5w5s', _plus, **_small),
+    'mini-imagenet-small': _rows('mini-imagenet-5w1s', _both, **_small_mini)
+                           | _rows('mini-imagenet-5w1s', _both, '-rate-0.1', inner_lr=.1, **_small_mini)
+                           | _rows('mini-imagenet-5w5s', _both, **_small_mini)}
+
+# %% ../nbs/a5_reproduce.ipynb #8c1d0a02
 for n,published in ((4, (51.65,.34)), (3, (51.11,.11)), (2, (51.49,.25)), (1, (51.05,.31))): # inner steps
-    tables['mini-imagenet'] |= _rows('mini-imagenet-5w1s', {'mamlpp': published}, f'-{n}-step{"s" if n > 1 else ""}', n_steps=n)
+    mark = f'-{n}-steps' if n > 1 else '-1-step'
+    tables['mini-imagenet'] |= _rows('mini-imagenet-5w1s', {'mamlpp': published}, mark, n_steps=n)
 for shot in (1,5): # what the public code really did, because it never reads its setting of the inner learning rate
-    tables['mini-imagenet'] |= _rows(f'mini-imagenet-5w{shot}s', {'mamlpp': (), 'maml': ()}, '-rate-0.1', inner_lr=.1)
-tables['mini-imagenet'] |= _rows('mini-imagenet-5w1s', {'mamlpp': (), 'maml': ()}, '-unclamped', clamp=0.)
+    tables['mini-imagenet'] |= _rows(f'mini-imagenet-5w{shot}s', _both, '-rate-0.1', inner_lr=.1)
+tables['mini-imagenet'] |= _rows('mini-imagenet-5w1s', _both, '-unclamped', clamp=0.)
 
 # %% ../nbs/a5_reproduce.ipynb #94890d58
 def run_operations(
@@ -66,30 +91,40 @@ def run_operations(
 )->int: # multiplications and additions
     "What the outer steps of a whole run must compute"
     net = Conv4(config.n_way, channels, size, config.filters, strided=config.strided)
+    n_support = config.n_way*config.k_shot
+    n_target = config.n_way*config.n_target
     def of(epoch):
         parts = loss_parts(find_method(config.method), config.schedule, epoch, config.n_steps)
         graded = 1 if parts['loss_weights'] is None else sum(map(bool, parts['loss_weights']))
-        return operations(net, size, config.n_way*config.k_shot, config.n_way*config.n_target, config.n_tasks, config.n_steps, graded, parts['second_order'])
+        return operations(net, size, n_support, n_target, n_tasks=config.n_tasks, n_steps=config.n_steps,
+                          n_graded=graded, second_order=parts['second_order'])
     return config.iterations*sum(map(of, range(config.epochs)))
 
 # %% ../nbs/a5_reproduce.ipynb #00000009
-_number, _text = {'type': 'number'}, {'type': 'string'}
-def _object(**fields)->dict: return {'type': 'object', 'properties': fields, 'required': [*fields], 'additionalProperties': False}
+_number, _text, _table = {'type': 'number'}, {'type': 'string'}, {'type': 'object'}
 def _list(of:dict)->dict: return {'type': 'array', 'items': of}
-_scored = _object(accuracy=_list(_number), ci95=_list(_number)) # after 0, 1 ... inner steps
-_origin = {'commit': _text, 'device': _text, 'versions': _object(mamlpp_nb=_text, torch=_text, python=_text)}
-_test = _object(norms={'type': 'object', 'minProperties': 1, 'additionalProperties': _object(single=_scored, ensemble=_scored)}, models=_list(_text), split={'const': 'test'},
-                n_tasks=_number, n_steps=_number, n_permutations=_number, seconds=_number, tasks_per_second=_number, **_origin)
-_epoch = {'epoch': _number, 'iteration': _number, 'loss': _number, 'accuracy': _number, 'gradient_norm': _number, 'largest_gradient_norm': _number, 'validation': _scored, 'outer_lr': _number,
-          'loss_weights': _list(_number), 'second_order': {'type': 'boolean'}, 'step_sizes': {'type': 'object', 'additionalProperties': _list(_number)}, 'seconds': _number, 'memory_gb': {'type': ['number','null']}}
+def _object(**fields)->dict:
+    return {'type': 'object', 'properties': fields, 'required': [*fields], 'additionalProperties': False}
 
+_scored = _object(accuracy=_list(_number), ci95=_list(_number)) # after 0, 1 ... inner steps
+_norms = {'type': 'object', 'minProperties': 1, 'additionalProperties': _object(single=_scored, ensemble=_scored)}
+_origin = {'commit': _text, 'device': _text, 'versions': _object(mamlpp_nb=_text, torch=_text, python=_text)}
 _start = _object(**_origin, seeds_at_once=_number)
 _start['properties']['compiled'] = {'type': 'boolean'} # older records don't say
+_test = _object(norms=_norms, models=_list(_text), split={'const': 'test'}, n_tasks=_number, n_steps=_number,
+                n_permutations=_number, seconds=_number, tasks_per_second=_number, **_origin)
+_epoch = {'epoch': _number, 'iteration': _number, 'loss': _number, 'accuracy': _number, 'gradient_norm': _number,
+          'largest_gradient_norm': _number, 'validation': _scored, 'outer_lr': _number, 'loss_weights': _list(_number),
+          'second_order': {'type': 'boolean'}, 'step_sizes': {'type': 'object', 'additionalProperties': _list(_number)},
+          'seconds': _number, 'memory_gb': {'type': ['number','null']}}
 
-record_schema = {'$schema': 'https://json-schema.org/draft/2020-12/schema', 'title': 'Record of a run',
-                 **_object(table=_text, row=_text, method=_text, seed=_number, config={'type': 'object'}, seconds=_number, starts={**_list(_start), 'minItems': 1},
-                           epochs=_list(_object(**_epoch)), test={'anyOf': [_test, {'type': 'null'}]}, diverged={'type': ['string','null']})}
+record_schema = {
+    '$schema': 'https://json-schema.org/draft/2020-12/schema', 'title': 'Record of a run',
+    **_object(table=_text, row=_text, method=_text, seed=_number, config=_table, seconds=_number,
+              starts={**_list(_start), 'minItems': 1}, epochs=_list(_object(**_epoch)),
+              test={'anyOf': [_test, {'type': 'null'}]}, diverged={'type': ['string','null']})}
 
+# %% ../nbs/a5_reproduce.ipynb #8c1d0a03
 def make_record(
     run:dict, # from `read_run`
     table:str, # a key of `tables`
@@ -97,10 +132,17 @@ def make_record(
     diverged:str|None=None, # why there is no test
 )->dict: # as `record_schema` says
     "What is kept of a run"
-    test = run['test'] and {k: run['test'][k] for k in _test['properties']}
-    record = {'table': table, 'row': row, 'method': run['config']['method'], 'seed': run['config']['seed'], 'config': run['config'], 'seconds': run['metrics'][-1]['seconds'] if run['metrics'] else 0.,
-              'starts': run['starts'], 'epochs': [{k: m[k] for k in _epoch} for m in run['metrics']], 'test': test, 'diverged': diverged}
+    config, metrics = run['config'], run['metrics']
+    record = {'table': table, 'row': row, 'method': config['method'], 'seed': config['seed'], 'config': config,
+              'seconds': metrics[-1]['seconds'] if metrics else 0., 'starts': run['starts'],
+              'epochs': [{k: m[k] for k in _epoch} for m in metrics],
+              'test': run['test'] and {k: run['test'][k] for k in _test['properties']}, 'diverged': diverged}
     return jsons.loads(jsons.dumps(record), parse_float=lambda digits: float(f'{float(digits):.6g}'))
+
+def _read_record(path:Path)->dict:
+    try: return jsons.loads(path.read_text())
+    except jsons.JSONDecodeError as e:
+        raise ValueError(f'{path} is damaged ({e}); remove it, and `mamlpp reproduce` makes it again') from e
 
 def read_records(
     folder:str|Path, # where records are, in a folder for each table
@@ -114,21 +156,21 @@ def read_records(
         if records: found[row] = records
     return found
 
-def _read_record(path:Path)->dict:
-    try: return jsons.loads(path.read_text())
-    except jsons.JSONDecodeError as e: raise ValueError(f'{path} is damaged ({e}); remove it, and `mamlpp reproduce` makes it again') from e
-
 # %% ../nbs/a5_reproduce.ipynb #3d84aac9
 def over_seeds(
     records:abc.Sequence[dict], # of the seeds of a row
     norm:str='targets', # how targets were normalised
     who:str='ensemble', # or 'single'
-)->tuple[float,float,int]: # mean and standard deviation over seeds, in % (nan for a single seed), and how many there are
+)->tuple[float,float,int]: # mean and standard deviation over seeds, in % (nan for a single seed), and how many
     "What a row of a table says"
     values = np.array([100*r['test']['norms'][norm][who]['accuracy'][-1] for r in records if r['test']])
-    return (float(values.mean()) if len(values) else math.nan, float(values.std(ddof=1)) if len(values) > 1 else math.nan, len(values))
+    mean = float(values.mean()) if len(values) else math.nan
+    spread = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    return mean, spread, len(values)
 
-def _said(mean:float, spread:float=math.nan)->str: return '-' if math.isnan(mean) else f'{mean:.2f}' + ('' if math.isnan(spread) else f' ± {spread:.2f}')
+def _said(mean:float=math.nan, spread:float=math.nan)->str:
+    if math.isnan(mean): return '-'
+    return f'{mean:.2f}' if math.isnan(spread) else f'{mean:.2f} ± {spread:.2f}'
 
 def results_table(
     table:str, # a key of `tables`
@@ -137,14 +179,20 @@ def results_table(
 )->str: # Markdown, a line for each row that has a record
     "Published beside ours: mean ± standard deviation over seeds, in %"
     known = any(row.published for row in tables[table].values())
-    head = ['row', *(['published (ensembles)'] if known else []), *(f'{who}, {norm}' for norm in norms for who in ('single','ensemble')), 'seeds', 'epochs × outer steps', 'minutes of training, fastest seed']
-    lines = []
+    kinds = [(norm, who) for norm in norms for who in ('single','ensemble')]
+    head = ['row', *(['published (ensembles)'] if known else []), *(f'{who}, {norm}' for norm,who in kinds),
+            'seeds', 'epochs × outer steps', 'minutes of training, fastest seed']
+    lines = [head, ['---']*len(head)]
     for row,found in records.items():
-        config, failed = found[0]['config'], sum(r['diverged'] is not None for r in found)
-        lines.append([row, *([_said(*tables[table][row].published) if tables[table][row].published else '-'] if known else []),
-                      *(_said(*over_seeds(found, norm, who)[:2]) for norm in norms for who in ('single','ensemble')),
-                      f"{len(found)}" + (f', {failed} diverged' if failed else ''), f"{config['epochs']} × {config['iterations']}", f"{min(r['seconds']/r['starts'][-1]['seeds_at_once'] for r in found)/60:.1f}"])
-    return '\n'.join('| ' + ' | '.join(l) + ' |' for l in [head, ['---']*len(head), *lines])
+        config = found[0]['config']
+        failed = sum(r['diverged'] is not None for r in found)
+        seconds = min(r['seconds']/r['starts'][-1]['seeds_at_once'] for r in found)
+        published = [_said(*tables[table][row].published)] if known else []
+        ours = [_said(*over_seeds(found, norm, who)[:2]) for norm,who in kinds]
+        seeds = f'{len(found)}, {failed} diverged' if failed else f'{len(found)}'
+        steps = f"{config['epochs']} × {config['iterations']}"
+        lines.append([row, *published, *ours, seeds, steps, f'{seconds/60:.1f}'])
+    return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
 # %% ../nbs/a5_reproduce.ipynb #0000000b
 def plot_curves(
@@ -155,16 +203,17 @@ def plot_curves(
     for i,(row,found) in enumerate(records.items()):
         epochs = min(len(r['epochs']) for r in found)
         if not epochs: continue
-        accuracy, seconds = (np.array([[f(e) for e in r['epochs'][:epochs]] for r in found]) for f in (lambda e: 100*e['validation']['accuracy'][-1], lambda e: e['seconds']))
+        accuracy = np.array([[100*e['validation']['accuracy'][-1] for e in r['epochs'][:epochs]] for r in found])
+        seconds = np.array([[e['seconds'] for e in r['epochs'][:epochs]] for r in found])
         for ax,x in zip(axes, (1 + np.arange(epochs), seconds.min(0)/60)):
-            ax.plot(x, accuracy.mean(0), f'C{i}', lw=1.2, label=row); ax.fill_between(x, accuracy.min(0), accuracy.max(0), color=f'C{i}', alpha=.15, lw=0)
-    for ax,label in zip(axes, ('epoch', 'minutes of training, fastest seed')): ax.set(xlabel=label, ylabel='validation accuracy (%)')
+            ax.plot(x, accuracy.mean(0), f'C{i}', lw=1.2, label=row)
+            ax.fill_between(x, accuracy.min(0), accuracy.max(0), color=f'C{i}', alpha=.15, lw=0)
+    for ax,label in zip(axes, ('epoch', 'minutes of training, fastest seed')):
+        ax.set(xlabel=label, ylabel='validation accuracy (%)')
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False, fontsize=7)
 
 # %% ../nbs/a5_reproduce.ipynb #0000000d
-_trial = {'epochs': 1, 'iterations': 2, 'validation_tasks': 4, 'test_tasks': 4, 'keep': 1}
-
 def seed_list(
     words:str|abc.Sequence[str], # '0,1,2', or ['0','1','2']
 )->list[int]:
@@ -172,7 +221,8 @@ def seed_list(
     text = words if isinstance(words, str) else ' '.join(words)
     try: seeds = [int(s) for s in text.replace(',', ' ').split()]
     except ValueError: seeds = []
-    if not seeds or len({*seeds}) < len(seeds) or min(seeds) < 0: raise ValueError(f'seeds must be different whole numbers, as in 0 1 2 or 0,1,2; got {text!r}')
+    if not seeds or len({*seeds}) < len(seeds) or min(seeds) < 0:
+        raise ValueError(f'seeds must be different whole numbers, as in 0 1 2 or 0,1,2; got {text!r}')
     return seeds
 
 def chosen_rows(
@@ -181,13 +231,13 @@ def chosen_rows(
 )->dict[str,Row]:
     "The rows that were asked for; a misspelt one is refused with the list"
     if table not in tables: raise ValueError(f"no table {table!r}; choose from {', '.join(tables)}")
-    rows, patterns = tables[table], [only] if isinstance(only, str) else only
-    for pattern in filter(None, patterns):
-        if not fnmatch.filter(rows, pattern): raise ValueError(f"no row {pattern!r} in the table {table}; its rows are {', '.join(rows)}")
-    return {name: row for name,row in rows.items() if not any(patterns) or any(fnmatch.fnmatchcase(name, p) for p in patterns)}
-
-def _at_once(seeds:list[int], device:str)->list[list[int]]: # on a CPU nothing is gained at once, and one after the other more is finished early
-    return [[s] for s in seeds] if device == 'cpu' else [seeds]
+    rows = tables[table]
+    patterns = [*filter(None, [only] if isinstance(only, str) else only)]
+    for pattern in patterns:
+        if not fnmatch.filter(rows, pattern):
+            raise ValueError(f"no row {pattern!r} in the table {table}; its rows are {', '.join(rows)}")
+    if not patterns: return {**rows}
+    return {name: row for name,row in rows.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
 
 # %% ../nbs/a5_reproduce.ipynb #61bdd196
 class _Job(NamedTuple): # seeds of a row that go on together
@@ -200,10 +250,17 @@ class _Job(NamedTuple): # seeds of a row that go on together
     def folder(self, config): return self.out/self.table/f'{self.row}-seed{config.seed}'
     def record(self, config): return self.records/self.table/f'{self.row}-seed{config.seed}.json'
 
+    def title(self, configs)->str:
+        seeds = ', '.join(str(c.seed) for c in configs)
+        config = configs[0]
+        return f'{self.table}, {self.row}, seed {seeds}: {config.epochs} epochs of {config.iterations} outer steps'
+
     def missing(self)->list[Config]: # those without a record
         found = {c: _read_record(self.record(c)) for c in self.configs if self.record(c).exists()}
         for c,record in found.items():
-            if Config(**record['config']) != c: raise ValueError(f'{self.record(c)} is of other settings than the table has now; move it away to run the row again')
+            if Config(**record['config']) != c:
+                raise ValueError(f'{self.record(c)} is of other settings than the table has now; '
+                                 'move it away to run the row again')
         return [c for c in self.configs if c not in found]
 
     def keep(self, config, splits, diverged=None)->None: # the record, and the best model's weights
@@ -215,15 +272,78 @@ class _Job(NamedTuple): # seeds of a row that go on together
         record = make_record(read_run(self.folder(config)), self.table, self.row, diverged)
         write_safely(path, lambda draft: draft.write_text(jsons.dumps(record) + '\n'))
 
+# %% ../nbs/a5_reproduce.ipynb #8c1d0a04
+def at_once(
+    seeds:list[int], # of a row, all to be trained
+    device:str, # cpu, cuda ...
+)->list[list[int]]: # groups of seeds, one after the other
+    "Which seeds a device trains at once: on a CPU nothing is gained by it, and more is finished early without"
+    return [[s] for s in seeds] if device == 'cpu' else [seeds]
+
+def _jobs(table:str, rows:dict[str,Row], seeds:list[list[int]], changes:dict, out:Path, records:Path)->list[_Job]:
+    found = []
+    for name,row in rows.items():
+        for some in seeds:
+            configs = [dataclasses.replace(row.config, seed=s, **changes) for s in some]
+            found.append(_Job(table, name, configs, out=out, records=records))
+    return found
+
+# %% ../nbs/a5_reproduce.ipynb #8c1d0a05
+def _run(
+    jobs:list[_Job],
+    world:World,
+    began:float, # on the monotonic clock
+    seconds:float, # from then on; 0: until all is done
+    compiled:bool|None,
+)->tuple[str,list[str]]: # how it ended, and the rows that diverged
+    todo = [job for job in jobs if job.missing()] # refuse before the first is run
+    if todo: print(f'{len(todo)} of {len(jobs)} runs to do; each says how long it takes before it begins', flush=True)
+    failed = []
+    load = functools.cache(load_data)
+    while todo:
+        job = todo.pop(0)
+        left = seconds - (time.monotonic()-began)
+        if seconds and left <= 0: return 'out of time', failed
+        missing = job.missing()
+        if not missing: continue # another process has made it in the meantime
+        splits = load(job.configs[0].data)
+        print(job.title(missing), flush=True)
+        try:
+            status = train_and_test(missing, [job.folder(c) for c in missing], splits, world,
+                                    minutes=left/60 if seconds else None, compiled=compiled)
+        except Diverged as e:
+            print(f'diverged: {e}', flush=True)
+            if len(missing) > 1: todo[:0] = [job._replace(configs=[c]) for c in missing] # the others may go on
+            else:
+                failed.append(job.row)
+                job.keep(missing[0], splits, str(e))
+            continue
+        if status != 'complete': return status, failed
+        for c in missing: job.keep(c, splits)
+    return 'complete', failed
+
+def _in_json(found:dict[str,list[dict]])->dict: # records, as a script may want them
+    said = {}
+    for row,records in found.items():
+        means = {who: over_seeds(records, who=who)[0] for who in ('single','ensemble')}
+        known = {who: None if math.isnan(mean) else mean for who,mean in means.items()}
+        said[row] = {'seeds': [r['seed'] for r in records], **known}
+    return said
+
 # %% ../nbs/a5_reproduce.ipynb #46219dd6
+_trial = {'epochs': 1, 'iterations': 2, 'validation_tasks': 4, 'test_tasks': 4, 'keep': 1}
+
 def reproduce(
-    table:str, # omniglot (20-way, then 5-way), stability (strided networks), extensions (of MAML++), mini-imagenet; for two CPU cores: omniglot-small, extensions-small, five-shot-small, mini-imagenet-small
+    # omniglot (20-way, then 5-way), stability (strided networks), extensions (of MAML++), mini-imagenet; for two CPU
+    # cores: omniglot-small, extensions-small, five-shot-small, mini-imagenet-small
+    table:str,
     only:Param('rows, by name or by a pattern such as 20w1s-*; empty: all', str, nargs='+')='',
     seeds:Param('seeds of every row', str, nargs='+')='0,1,2',
     minutes:float=0., # stop after this time (minutes) with exit code 3, to go on later; 0: at the end
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one, which trains the seeds of a row at once
     out:str='runs', # folder of the runs, in a folder for each table
-    records:str='', # folder of the records and best weights; empty: nbs/results/tables where there is nbs/results, else results
+    # folder of the records and best weights; empty: nbs/results/tables where there is nbs/results, else results
+    records:str='',
     no_compile:bool=False, # never wait for a compiler; the same numbers up to rounding
     trial:bool=False, # two outer steps of every row, in folders of their own: does everything work here?
     data:str='', # for a trial, other data than the table's, such as glyphs
@@ -231,30 +351,25 @@ def reproduce(
 )->int: # exit code, as of `train`
     "Run what is missing of a table, and show it beside the published numbers"
     if not 0 <= minutes < math.inf: raise ValueError(f'minutes must be at least 0, got {minutes}')
-    rows, seeds, device, began = chosen_rows(table, only), seed_list(seeds), pick_device(device), time.monotonic()
-    out, kept = Path(out), Path(records or ('nbs/results/tables' if Path('nbs/results').is_dir() else 'results'))
+    rows = chosen_rows(table, only)
+    seeds = seed_list(seeds)
+    device = pick_device(device)
+    began = time.monotonic()
     if data and not trial: raise ValueError('a table has its own data; other data is for a trial')
-    changes = {**_trial, **({'data': data, 'normalise': False} if data else {})} if trial else {} # normalisation is for colours
-    if trial: out, kept = out/f'trial-{data or table}', out/f'trial-{data or table}'/'records'
-    jobs = [_Job(table, name, [dataclasses.replace(row.config, seed=s, **changes) for s in some], out, kept) for name,row in rows.items() for some in _at_once(seeds, device)]
-    todo, status, failed, load = [job for job in jobs if job.missing()], 'complete', [], functools.cache(load_data) # refuse before the first is run
-    if todo: print(f'{len(todo)} of {len(jobs)} runs to do; each says how long it takes before it begins', flush=True)
-    while todo:
-        job, left = todo.pop(0), minutes*60 - (time.monotonic()-began)
-        if minutes and left <= 0: status = 'out of time'; break
-        if not (missing := job.missing()): continue # another process has made it in the meantime
-        splits = load(job.configs[0].data)
-        print(f"{table}, {job.row}, seed {', '.join(str(c.seed) for c in missing)}: {missing[0].epochs} epochs of {missing[0].iterations} outer steps", flush=True)
-        try: status = train_and_test(missing, [job.folder(c) for c in missing], splits, World(device=device), minutes=left/60 if minutes else None, compiled=False if no_compile else None)
-        except Diverged as e:
-            print(f'diverged: {e}', flush=True)
-            if len(missing) > 1: todo[:0] = [job._replace(configs=[c]) for c in missing] # the others may go on
-            else: failed.append(job.row); job.keep(missing[0], splits, str(e))
-            continue
-        if status != 'complete': break
-        for c in missing: job.keep(c, splits)
+    usual = 'nbs/results/tables' if Path('nbs/results').is_dir() else 'results'
+    out, kept = Path(out), Path(records or usual)
+    changes = {}
+    if trial:
+        out = out/f'trial-{data or table}'
+        kept = out/'records'
+        changes = {**_trial, 'data': data, 'normalise': False} if data else _trial # normalisation is for colours
+    jobs = _jobs(table, rows, at_once(seeds, device), changes, out=out, records=kept)
+    status, failed = _run(jobs, World(device=device), began, minutes*60, compiled=False if no_compile else None)
     found = read_records(kept, table)
-    print(f"\n{table}{', a trial: the numbers mean nothing' if trial else ''}; mean ± standard deviation over seeds, accuracy in %, targets of a task normalised together\n\n{results_table(table, found)}")
+    note = ', a trial: the numbers mean nothing' if trial else ''
+    print(f'\n{table}{note}; mean ± standard deviation over seeds, accuracy in %, '
+          'targets of a task normalised together')
+    print(f'\n{results_table(table, found)}')
     if status != 'complete': print(f'stopped ({status}); the same command goes on')
-    if json: print(jsons.dumps({'table': table, 'status': status, 'diverged': failed, 'rows': {row: {'seeds': [r['seed'] for r in some], **{who: None if math.isnan(a := over_seeds(some, who=who)[0]) else a for who in ('single','ensemble')}} for row,some in found.items()}}))
+    if json: print(jsons.dumps({'table': table, 'status': status, 'diverged': failed, 'rows': _in_json(found)}))
     return 4 if failed and status == 'complete' else exit_codes[status]

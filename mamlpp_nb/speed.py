@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['operations', 'Calculus', 'autograd_calculus', 'adjoint_gradient', 'conv4_calculus', 'fast_gradient',
            'fast_inner_loop', 'worth_compiling', 'fast_predicts', 'fast_statistics', 'stack_seeds', 'join_episodes',
-           'Learner', 'fused_adam', 'OuterSteps']
+           'all_at_once', 'fused_adam', 'replay_on']
 
 # %% ../nbs/09_speed.ipynb #00000003
 import collections.abc as abc, contextlib, dataclasses, functools, logging, os, sys, time, weakref
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
+from .progress import tell_once
 from .files import cache_folder
-from .tasks import Episodes, EpisodeSampler
+from .tasks import Episodes
 from .network import Conv4, Weights
-from .maml import Forward, MetaParameters, at_step, check_labels, meta_gradient, note_gradient, row, task_losses
-from .per_step_norm import Predict, predict_targets, statistics_among, target_norms, with_statistics
+from .maml import (Forward, Graded, MetaParameters, at_step, check_labels, each_by_itself, gradient_step, inner_loop,
+                            meta_gradient, row, task_accuracies, task_losses)
+from .per_step_norm import Look, Predict, predict_targets, statistics_among, target_norms, with_statistics
 
 # %% ../nbs/09_speed.ipynb #00000006
 def operations(
@@ -54,23 +56,23 @@ class Calculus(NamedTuple):
 def autograd_calculus(
     forward:Forward, # any network as a function of weights
     portion:int=4, # tasks at a time
+    loss:Graded=task_losses, # (outputs, y) -> a loss per task
 )->Calculus: # H v by forward mode over reverse mode
-    "The calculus of any network, by `torch.func`"
+    "The calculus of any network and loss, by `torch.func`"
     def losses(weights, x, y):
-        logits = forward(weights, x)
-        loss = task_losses(logits, y)
-        return loss.sum(), (loss, logits)
+        outputs = forward(weights, x)
+        each = loss(outputs, y)
+        return each.sum(), (each, outputs)
     def gradient(weights, x, y):
-        found, (loss, logits) = torch.func.grad(losses, has_aux=True)(weights, x, y)
-        return loss, logits, found, (x, y)
+        found, (each, outputs) = torch.func.grad(losses, has_aux=True)(weights, x, y)
+        return each, outputs, found, (x, y)
     def product(weights, kept, v):
         moved = {k: weights[k] for k in v}
-        return torch.func.jvp(lambda part: torch.func.grad(losses, has_aux=True)({**weights, **part}, *kept)[0], (moved,), (v,))[1]
+        def slope(part): return torch.func.grad(losses, has_aux=True)({**weights, **part}, *kept)[0]
+        return torch.func.jvp(slope, (moved,), (v,))[1]
     return Calculus(lambda x: x, gradient, product, portion)
 
 # %% ../nbs/09_speed.ipynb #00000017
-def _detached(meta): return MetaParameters(*({k: t.detach() for k,t in table.items()} for table in meta))
-
 def _add_to(u, terms, sign): torch._foreach_add_(list(u.values()), [terms[k] for k in u], alpha=sign)
 
 def _for_tasks(t, ndim, n): # (seeds, *row) -> (seeds·n, *row), with ones in between to meet weights of `ndim` axes
@@ -101,49 +103,75 @@ def adjoint_gradient(
     episodes:Episodes, # a batch of tasks; of several seeds: as many of each, seed after seed
     n_steps:int=5, # inner steps K
     second_order:bool=True, # exact gradient, or its first-order approximation
-    loss_weights:abc.Sequence[float|Tensor]|None=None, # weight of the target loss after each step; None: the last only (MAML). The target is not graded where it is 0; a tensor is never looked at
+    loss_weights:abc.Sequence[float|Tensor]|None=None, # weight of the target loss after each step, not graded where it is 0; a tensor is never looked at. None: the last only (MAML)
     recompute:bool=False, # keep the weights of each step only, and compute its activations again on the way back?
     n_seeds:int=0, # 0: one, without a leading axis for it
-)->tuple[Tensor,Tensor,Weights]: # loss, target accuracy, and the gradient by the names of `meta.learned()`; with seeds each has a leading axis for them
+    score:Graded=task_accuracies, # how good the targets' outputs are
+)->tuple[Tensor,Tensor,Weights]: # loss, score, and the gradient by the names of `meta.learned()`; with seeds each has a leading axis for them
     "The meta-gradient by walking the inner loop backwards: u ← u - H(αu)"
     weights = [0.]*(n_steps-1) + [1.] if loss_weights is None else list(loss_weights)
     weights = [w if isinstance(w, Tensor) or w else None for w in weights]
-    if n_steps < 1 or len(weights) != n_steps or all(w is None for w in weights): raise ValueError(f'loss_weights needs one weight for each of {n_steps} steps (at least 1), not all zero; got {loss_weights}')
+    if n_steps < 1 or len(weights) != n_steps or all(w is None for w in weights):
+        raise ValueError(f'loss_weights needs one weight for each of {n_steps} steps (at least 1), not all zero; got {loss_weights}')
+    seeds_there = n_seeds or 1
     total = {k: torch.zeros_like(t) if n_seeds else torch.zeros_like(t)[None] for k,t in meta.learned().items()}
-    meta = MetaParameters(*({k: t if n_seeds else t[None] for k,t in table.items()} for table in _detached(meta)))
-    n_tasks, sums = len(episodes)//(n_seeds or 1), []
-    for seeds,first,n in _portions(n_seeds or 1, n_tasks, calculus.portion):
+    meta = MetaParameters(*({k: t if n_seeds else t[None] for k,t in table.items()} for table in meta.detached()))
+    n_tasks, sums = len(episodes)//seeds_there, []
+    for seeds,first,n in _portions(seeds_there, n_tasks, calculus.portion):
         some = MetaParameters(*({k: t[seeds] for k,t in table.items()} for table in meta))
-        sums.append(_walk(calculus, some, episodes[first:first+n*len(range(*seeds.indices(n_seeds or 1)))], n, weights, second_order, recompute, {k: t[seeds] for k,t in total.items()}, n_tasks))
-    loss, accuracy = (torch.cat(s).view(n_seeds or 1, -1).sum(1)/n_tasks for s in zip(*sums))
-    return (loss, accuracy, total) if n_seeds else (loss[0], accuracy[0], {k: t[0] for k,t in total.items()})
+        e = episodes[first:first + n*len(range(*seeds.indices(seeds_there)))]
+        walk = _Walk(calculus, n, weights, second_order, recompute, n_tasks, score)
+        sums.append(walk(some, e, {k: t[seeds] for k,t in total.items()}))
+    loss, found = (torch.cat(s).view(seeds_there, -1).sum(1)/n_tasks for s in zip(*sums))
+    return (loss, found, total) if n_seeds else (loss[0], found[0], {k: t[0] for k,t in total.items()})
 
-def _walk(calculus, meta, e, n, weights, second_order, recompute, total, n_tasks): # one portion, n tasks of each seed; adds to `total`
-    x, x_T = calculus.prepare(e.support_x), calculus.prepare(e.target_x)
-    fast, steps, loss = {k: _for_tasks(w, w.ndim-1, n).contiguous() for k,w in meta.start.items()}, [], 0.
-    for i,weight in enumerate(weights): # forwards: the inner loop
-        at, alpha, target = {**fast, **_rows(meta.per_step, i, n)}, _rows(meta.step_sizes, i, n, fast), None
-        _, _, g, kept = calculus.gradient(at, x, e.support_y)
-        fast = {k: (g[k]*-alpha[k]).add_(w) if k in g else w for k,w in fast.items()} # laid out in memory as the gradient is
-        if weight is not None:
-            losses, logits, target = calculus.gradient({**fast, **_rows(meta.per_step, i, n)}, x_T, e.target_y)[:3]
-            loss = loss + weight*losses.unflatten(0, (-1,n)).sum(1)
-            target = dict(zip(target, torch._foreach_mul(list(target.values()), weight/n_tasks)))
-        steps.append((at, g, kept if second_order and not recompute else None, target))
-        del kept
-    u = {k: torch.zeros_like(w) for k,w in fast.items() if k in g} # dL/dθ_K, dL/dθ_{K-1} ...
-    for i in reversed(range(len(weights))): # and backwards
-        (at, g, kept, target), alpha = steps.pop(), _rows(meta.step_sizes, i, n, fast)
-        if target: _add_to(u, target, 1); _add_to_row(total, 'per_step', i, meta.per_step, lambda k: target[k], n)
-        _add_to_row(total, 'step_sizes', i, u, lambda k: u[k]*g[k], n, -1)
-        if second_order:
-            if recompute: kept = calculus.gradient(at, x, e.support_y)[3]
-            h = calculus.product(at, kept, {k: alpha[k]*v for k,v in u.items()})
-            _add_to_row(total, 'per_step', i, meta.per_step, lambda k: h[k], n, -1)
-            _add_to(u, h, -1)
-    for k,v in u.items():
-        if f'start/{k}' in total: total[f'start/{k}'] += v.unflatten(0, (-1,n)).sum(1)
-    return loss, (logits.argmax(-1) == e.target_y).double().mean(1).unflatten(0, (-1,n)).sum(1)
+# %% ../nbs/09_speed.ipynb #2919817f
+class _Walk(NamedTuple): # the way forwards and back for one portion, n tasks of each seed
+    calculus:Calculus
+    n:int
+    weights:list # of the target losses; None: not graded
+    second_order:bool
+    recompute:bool
+    n_tasks:int # of a seed in the whole batch
+    score:Graded
+
+    def __call__(self, meta, e, total): # adds to `total`; the sums over a seed's tasks of loss and score
+        x, x_T = self.calculus.prepare(e.support_x), self.calculus.prepare(e.target_x)
+        steps, fast, loss, outputs = self.forwards(meta, e, x, x_T)
+        self.backwards(meta, e, x, steps, fast, total)
+        scores = self.score(outputs, e.target_y).double()
+        return loss, scores.unflatten(0, (-1,self.n)).sum(1)
+
+    def forwards(self, meta, e, x, x_T): # the inner loop: what each step leaves for the way back
+        n, calculus, steps, loss = self.n, self.calculus, [], 0.
+        fast = {k: _for_tasks(w, w.ndim-1, n).contiguous() for k,w in meta.start.items()}
+        for i,weight in enumerate(self.weights):
+            at, alpha, target = {**fast, **_rows(meta.per_step, i, n)}, _rows(meta.step_sizes, i, n, fast), None
+            _, _, g, kept = calculus.gradient(at, x, e.support_y)
+            fast = {k: (g[k]*-alpha[k]).add_(w) if k in g and k in alpha else w for k,w in fast.items()} # laid out in memory as the gradient is
+            if weight is not None:
+                losses, outputs, target = calculus.gradient({**fast, **_rows(meta.per_step, i, n)}, x_T, e.target_y)[:3]
+                loss = loss + weight*losses.unflatten(0, (-1,n)).sum(1)
+                target = dict(zip(target, torch._foreach_mul(list(target.values()), weight/self.n_tasks)))
+            steps.append((at, g, kept if self.second_order and not self.recompute else None, target))
+            del kept
+        return steps, fast, loss, outputs
+
+    def backwards(self, meta, e, x, steps, fast, total): # u is dL/dθ_K, dL/dθ_{K-1} ... dL/dθ₀
+        n, u = self.n, {k: torch.zeros_like(fast[k]) for k in meta.step_sizes if k in steps[0][1]}
+        for i in reversed(range(len(steps))):
+            (at, g, kept, target), alpha = steps.pop(), _rows(meta.step_sizes, i, n, fast)
+            if target:
+                _add_to(u, target, 1)
+                _add_to_row(total, 'per_step', i, meta.per_step, lambda k: target[k], n)
+            _add_to_row(total, 'step_sizes', i, u, lambda k: u[k]*g[k], n, -1)
+            if self.second_order:
+                if self.recompute: kept = self.calculus.gradient(at, x, e.support_y)[3]
+                h = self.calculus.product(at, kept, {k: alpha[k]*v for k,v in u.items()})
+                _add_to_row(total, 'per_step', i, meta.per_step, lambda k: h[k], n, -1)
+                _add_to(u, h, -1)
+        for k,v in u.items():
+            if f'start/{k}' in total: total[f'start/{k}'] += v.unflatten(0, (-1,n)).sum(1)
 
 # %% ../nbs/09_speed.ipynb #0000001b
 def _stacked(tensors): return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors) # keeps the layout of the only one
@@ -315,8 +343,10 @@ class _Fused: # a function that is compiled at its first call, or runs as it is 
 
 # %% ../nbs/09_speed.ipynb #00000026
 def _is_plain(net:nn.Module)->bool: # the network the passes were written out for, nothing changed
+    if type(net) is not Conv4 or not net.training or net._forward_hooks: return False
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    return type(net) is Conv4 and net.training and all(m.eps == _eps and not m.track_running_stats for m in norms) and not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules() if m is not net) and not net._forward_hooks
+    usual = all(m.eps == _eps and not m.track_running_stats for m in norms) and all(p.requires_grad for p in net.parameters())
+    return usual and not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules() if m is not net)
 
 _convs, _norms = [f'conv{i}.weight' for i in range(4)], [f'norm{i}' for i in range(4)]
 
@@ -358,18 +388,37 @@ def conv4_calculus(
     return Calculus(functools.partial(_prepare, net), gradient, product, _portion(net, compiled))
 
 # %% ../nbs/09_speed.ipynb #0000002c
-def _best_calculus(net, compiled): # as a function of `forward`
+def _chosen_calculus(net, compiled): # as a function of `forward` and the loss
     written_out = conv4_calculus(net, compiled) if _is_plain(net) else None
-    return lambda forward: written_out or autograd_calculus(forward)
+    def choose(forward, loss):
+        if written_out and loss is task_losses: return written_out
+        return autograd_calculus(forward, loss=loss)
+    return choose
+
+def _why_plain(forward, meta, update)->str: # why autograd through the inner loop must do it; empty: it needn't
+    if update is not gradient_step: return 'the inner update is not plain gradient descent'
+    if getattr(forward, 'random', False): return 'the network draws random numbers, dropout for one'
+    if any(t.requires_grad and k not in meta.step_sizes for k,t in meta.start.items()): return 'a learned weight has no step size'
+    return ''
 
 def fast_gradient(
     net:nn.Module, # any network; `Conv4` takes the fast road
     compiled:bool=False, # fuse the passes with `torch.compile`?
     recompute:bool=False, # trade time for memory: see `adjoint_gradient`
 )->abc.Callable[...,tuple[Tensor,Tensor,Weights]]: # for `outer_loop`, in place of `meta_gradient`
-    "The meta-gradient, fast"
-    calculus = _best_calculus(net, compiled)
-    def gradient(forward, meta, episodes, **arguments): return adjoint_gradient(calculus(forward), meta, episodes, recompute=recompute, **arguments)
+    "The meta-gradient, fast where the network, the loss and the update allow it; the same numbers where they don't"
+    calculus = _chosen_calculus(net, compiled)
+    def gradient(forward, meta, episodes, loss=task_losses, update=gradient_step, n_seeds=0, **parts):
+        def plain(why):
+            tell_once(f'{why}: the meta-gradient is found by autograd through the inner loop, which is slower')
+            found = {**parts, 'loss': loss, 'update': update}
+            return meta_gradient(forward, meta, episodes, **found)
+        if why := _why_plain(forward, meta, update): return plain(why)
+        try: return adjoint_gradient(calculus(forward, loss), meta, episodes, recompute=recompute, n_seeds=n_seeds, **parts)
+        except torch.OutOfMemoryError: raise
+        except (NotImplementedError, RuntimeError) as e: # a layer that torch.func can't do
+            if n_seeds or _is_plain(net) and loss is task_losses: raise
+            return plain(f'torch.func cannot walk this network backwards ({str(e).strip().splitlines()[0][:120]})')
     return gradient
 
 def fast_inner_loop(
@@ -377,21 +426,29 @@ def fast_inner_loop(
     compiled:bool=False, # fuse the passes with `torch.compile`?
 )->abc.Callable[...,abc.Iterator[Weights]]: # for `evaluate`, in place of `inner_loop`; first order only
     "The inner loop without a graph, fast"
-    calculus = _best_calculus(net, compiled)
-    def adapt(forward, meta, x, y, n_steps=5, second_order=False):
-        if second_order or n_steps < 1: raise ValueError(f'this inner loop keeps no graph for second derivatives, and takes at least 1 step; got second_order={second_order}, n_steps={n_steps}')
-        if _is_plain(net): check_labels(y, meta.start['head.bias'].shape[-1])
-        own, meta = calculus(forward), _detached(meta)
-        cuts = [slice(first, first+own.portion) for first in range(0, len(x), own.portion)]
-        with torch.no_grad(): tasks = [(own.prepare(x[cut]), y[cut], {k: w.expand(len(x[cut]), *w.shape) for k,w in meta.start.items()}) for cut in cuts]
-        for i in range(n_steps):
-            with torch.no_grad(): tasks = [(x, y, _inner_step(own, meta, fast, x, y, i)) for x,y,fast in tasks]
-            yield {k: torch.cat([fast[k] for *_,fast in tasks]) for k in meta.start}
+    calculus = _chosen_calculus(net, compiled)
+    def adapt(forward, meta, x, y, n_steps=5, second_order=False, loss=task_losses, update=gradient_step):
+        if second_order or n_steps < 1:
+            raise ValueError('this inner loop keeps no graph for second derivatives, and takes at least 1 step; '
+                             f'got second_order={second_order}, n_steps={n_steps}')
+        if _why_plain(forward, meta, update):
+            yield from inner_loop(forward, meta.detached(), x, y, n_steps, False, loss, update)
+            return
+        if _is_plain(net) and loss is task_losses: check_labels(y, meta.start['head.bias'].shape[-1])
+        yield from _adapted(calculus(forward, loss), meta.detached(), x, y, n_steps)
     return adapt
+
+def _adapted(calculus, meta, x, y, n_steps): # portion by portion
+    cuts = [slice(first, first+calculus.portion) for first in range(0, len(x), calculus.portion)]
+    def begin(cut): return calculus.prepare(x[cut]), y[cut], {k: w.expand(len(x[cut]), *w.shape) for k,w in meta.start.items()}
+    with torch.no_grad(): tasks = [begin(cut) for cut in cuts]
+    for i in range(n_steps):
+        with torch.no_grad(): tasks = [(x, y, _inner_step(calculus, meta, fast, x, y, i)) for x,y,fast in tasks]
+        yield {k: torch.cat([fast[k] for *_,fast in tasks]) for k in meta.start}
 
 def _inner_step(calculus, meta, fast, x, y, i):
     g, alpha = calculus.gradient(at_step(meta, fast, i), x, y)[2], row(meta.step_sizes, i)
-    return {k: w - alpha[k]*g[k] if k in g else w for k,w in fast.items()}
+    return {k: w - alpha[k]*g[k] if k in g and k in alpha else w for k,w in fast.items()}
 
 # %% ../nbs/09_speed.ipynb #0000002e
 def worth_compiling(
@@ -402,12 +459,24 @@ def worth_compiling(
 
 # %% ../nbs/09_speed.ipynb #e1dd4256
 class _Ready: # the last images, as the passes want them, for as long as the images are there
-    def __init__(self, net, portion): self.net, self.portion, self._forget = net, portion, lambda _=None: setattr(self, 'seen', lambda: None); self._forget()
+    def __init__(self, net, portion):
+        self.net, self.portion = net, portion
+        self._forget()
+
+    def _forget(self, _=None): self.seen, self.kept = lambda: None, None
+
     def __call__(self, x):
-        if self.seen() is not x: self.kept, self.seen = [_prepare(self.net, part) for part in x.split(self.portion)], weakref.ref(x, lambda _: setattr(self, 'kept', None))
+        if self.seen() is not x:
+            self.kept = [_prepare(self.net, part) for part in x.split(self.portion)]
+            self.seen = weakref.ref(x, self._forget)
         return self.kept
 
 def _running(i): return f'{_norms[i]}.running_mean', f'{_norms[i]}.running_var'
+
+def _map_sizes(first, geometry): # (height, width) of the four convolutions' outputs
+    sizes = [first]
+    for _ in range(3): sizes.append([n//2 if geometry[0] == 2 else (n-1)//2 + 1 for n in sizes[-1]])
+    return sizes
 
 def _conv4_predict(net, compiled): # (weights, images ready for the passes, statistics or None for their own) -> logits, statistics under PyTorch's names
     geometry, portion = _geometry(net), _portion(net, compiled)
@@ -415,15 +484,19 @@ def _conv4_predict(net, compiled): # (weights, images ready for the passes, stat
     def some(weights, x, given):
         c, cov, centre = x
         w, *rest = _arguments(weights)
-        moved = [weights[f'conv{i}.bias'] + ((centre[:,None] @ w[0])[:,0] if i == 0 else 0) for i in range(4)] # the passes leave out what batch norm takes away
-        logits, found = passes(w, *rest, c, cov, *geometry, given and [(given[m] - s, given[v]) for s,(m,v) in zip(moved, map(_running, range(4)))])
-        sizes = [c.shape[2:4]]
-        for _ in range(3): sizes.append([n//2 if geometry[0] == 2 else (n-1)//2 + 1 for n in sizes[-1]])
-        counts = [c.shape[1]*h*w for h,w in sizes]
-        return logits, {name: value for i,((mean,var),s,n) in enumerate(zip(found, moved, counts)) for name,value in zip(_running(i), (mean + s, var*(n/(n-1))))}
+        moved = [weights[f'conv{i}.bias'] for i in range(4)] # the passes leave out what batch norm takes away
+        moved[0] = moved[0] + (centre[:,None] @ w[0])[:,0]
+        norms = given and [(given[m] - s, given[v]) for s,(m,v) in zip(moved, map(_running, range(4)))]
+        logits, found = passes(w, *rest, c, cov, *geometry, norms)
+        counts = [c.shape[1]*h*w for h,w in _map_sizes(c.shape[2:4], geometry)]
+        seen = {}
+        for i,((mean,var),s,n) in enumerate(zip(found, moved, counts)):
+            seen |= zip(_running(i), (mean + s, var*(n/(n-1))))
+        return logits, seen
     def predict(weights, ready, given=None):
         cuts = [slice(first, first+portion) for first in range(0, portion*len(ready), portion)]
-        parts = [some({k: w[cut] for k,w in weights.items()}, x, given and {k: s[cut] for k,s in given.items()}) for cut,x in zip(cuts, ready)]
+        def cut_of(table, cut): return table and {k: w[cut] for k,w in table.items()}
+        parts = [some(cut_of(weights, cut), x, cut_of(given, cut)) for cut,x in zip(cuts, ready)]
         return torch.cat([logits for logits,_ in parts]), {k: torch.cat([seen[k] for _,seen in parts]) for k in parts[0][1]}
     return predict
 
@@ -434,7 +507,8 @@ def fast_predicts(
 )->dict[str,Predict]: # by the names in `target_norms`, for `evaluate` and `test_models`; without a graph
     "All ways to predict targets, fast"
     if not _is_plain(net): return {norm: predict_targets(net, norm) for norm in target_norms}
-    predict, targets, supports = _conv4_predict(net, compiled), *(_Ready(net, _portion(net, compiled)) for _ in range(2))
+    predict, portion = _conv4_predict(net, compiled), _portion(net, compiled)
+    targets, supports = _Ready(net, portion), _Ready(net, portion)
     @torch.no_grad()
     def by_targets(weights, e): return predict(weights, targets(e.target_x))[0]
     @torch.no_grad()
@@ -446,7 +520,7 @@ def fast_predicts(
 def fast_statistics(
     net:nn.Module, # any network with batch norm; `Conv4` takes the fast road
     compiled:bool=False, # fuse the pass with `torch.compile`?
-)->abc.Callable[[Weights,Tensor],tuple[Tensor,Weights]]: # for `gather_statistics`, in place of `with_statistics`; without a graph
+)->Look: # for `gather_statistics`, in place of `with_statistics`; without a graph
     "The network with its statistics, fast"
     if not _is_plain(net): return with_statistics(net)
     predict, ready = _conv4_predict(net, compiled), _Ready(net, _portion(net, compiled))
@@ -459,28 +533,32 @@ def stack_seeds(
     metas:abc.Sequence[MetaParameters], # alike in all but their values
 )->MetaParameters: # copies, with a leading seed axis
     "The meta-parameters of several seeds as one"
-    def stacked(tables): return {k: torch.stack([t[k].detach() for t in tables]).requires_grad_(w.requires_grad) for k,w in tables[0].items()}
+    def stacked(tables):
+        return {k: torch.stack([t[k].detach() for t in tables]).requires_grad_(w.requires_grad) for k,w in tables[0].items()}
     return MetaParameters(*map(stacked, zip(*metas)))
 
 def join_episodes(
     episodes:abc.Sequence[Episodes], # as many tasks in each
 )->Episodes: # one after the other
     "The episodes of several seeds as one batch"
-    return episodes[0] if len(episodes) == 1 else Episodes(*(torch.cat([getattr(e, f.name) for e in episodes]) for f in dataclasses.fields(Episodes)))
+    if len(episodes) == 1: return episodes[0]
+    def joined(name):
+        parts = [getattr(e, name) for e in episodes]
+        return None if parts[0] is None else torch.cat(parts)
+    return Episodes(*(joined(f.name) for f in dataclasses.fields(Episodes)))
+
+def all_at_once(
+    gradient:abc.Callable, # a meta-gradient that takes `n_seeds`, such as `fast_gradient`'s
+)->abc.Callable: # for `OuterSteps`, in place of `each_by_itself`
+    "The meta-gradients of several learners as one batch of tasks"
+    alone = each_by_itself(gradient)
+    def gradients(forward, metas, batches, **parts):
+        if len(metas) == 1 or _why_plain(forward, metas[0], parts.get('update', gradient_step)): return alone(forward, metas, batches, **parts)
+        together = gradient(forward, stack_seeds(metas), join_episodes(batches), **parts, n_seeds=len(metas))
+        return [(together[0][s], together[1][s], {k: g[s] for k,g in together[2].items()}) for s in range(len(metas))]
+    return gradients
 
 # %% ../nbs/09_speed.ipynb #0a80be39
-class Learner(NamedTuple):
-    "One seed of a run: what its outer steps read and move"
-    meta:MetaParameters # moved in place
-    deal:EpisodeSampler # meta-training episodes, of the same data for all seeds
-    adam:torch.optim.Optimizer # from `fused_adam`
-    average:Weights # running average by the names of `meta.learned()`, moved in place; empty: none
-
-    def tensors(self)->list[Tensor]:
-        "All that an outer step moves"
-        learned = list(self.meta.learned().values())
-        return [*learned, *(v for t in learned for v in self.adam.state[t].values()), *self.average.values()]
-
 def fused_adam(
     meta:MetaParameters, # what is learned
     lr:float=1e-3, # learning rate to begin with
@@ -489,12 +567,14 @@ def fused_adam(
     "Adam whose state and learning rate are tensors on the device of the meta-parameters"
     learned = list(meta.learned().values())
     device = learned[0].device
-    adam = torch.optim.Adam(learned, lr=torch.tensor(lr, device=device), betas=(.9, beta2), fused=True, capturable=device.type == 'cuda')
-    for t in learned: adam.state[t] = {'step': torch.zeros((), device=device), 'exp_avg': torch.zeros_like(t), 'exp_avg_sq': torch.zeros_like(t)}
+    rate, captured = torch.tensor(lr, device=device), device.type == 'cuda'
+    adam = torch.optim.Adam(learned, lr=rate, betas=(.9, beta2), fused=True, capturable=captured)
+    for t in learned:
+        adam.state[t] = {'step': torch.zeros((), device=device), 'exp_avg': torch.zeros_like(t), 'exp_avg_sq': torch.zeros_like(t)}
     return adam
 
 # %% ../nbs/09_speed.ipynb #6b7f6c83
-def _capture(step:abc.Callable[[],None])->abc.Callable[[],None]: # the step as a CUDA graph, after a few as they are: they compile, and make the libraries choose
+def _capture(step:abc.Callable[[],None])->abc.Callable[[],None]: # after a few steps as they are: they compile, and make the libraries choose
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -504,92 +584,16 @@ def _capture(step:abc.Callable[[],None])->abc.Callable[[],None]: # the step as a
     with torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'): step()
     return graph.replay
 
-class OuterSteps:
-    "Outer steps of one or several seeds, at whose results nobody looks until all are done"
-    def __init__(self,
-        forward:Forward, # the network as a function of weights
-        learners:abc.Sequence[Learner], # a seed each; moved in place
-        n_tasks:int=4, # tasks per outer step and seed B
-        gradient:abc.Callable=meta_gradient, # what computes the meta-gradient; for several seeds from `fast_gradient`
-        clamp:float=0., # bound on each element of the gradient of the network's weights; 0: none
-        decay:float=0., # of the running averages, per outer step
-        longest:int=1, # most steps of one `run`
-        captured:bool=False, # replay steps as CUDA graphs?
-    ):
-        self.forward, self.learners, self.n_tasks, self.gradient, self.clamp, self.decay, self.captured = forward, list(learners), n_tasks, gradient, clamp, decay, captured
-        like = next(iter(learners[0].meta.start.values()))
-        self.iteration, self.line = (torch.zeros(shape, dtype=torch.int64, device=like.device) for shape in ((), (1,)))
-        self.log, self.longest, self.programs = like.new_zeros(max(longest, 4), len(learners), 3), longest, {} # a capture takes four lines
-
-    def _gradients(self, weights:Tensor, graded:tuple[bool,...], second_order:bool)->list[tuple]: # of each seed: loss, accuracy, gradient
-        episodes = join_episodes([l.deal(self.iteration*self.n_tasks, self.n_tasks) for l in self.learners])
-        parts = {'n_steps': len(graded), 'second_order': second_order, 'loss_weights': [w if g else 0. for w,g in zip(weights, graded)]}
-        if len(self.learners) == 1: return [self.gradient(self.forward, self.learners[0].meta, episodes, **parts)]
-        together = stack_seeds([l.meta for l in self.learners])
-        loss, accuracy, gradients = self.gradient(self.forward, together, episodes, **parts, n_seeds=len(self.learners))
-        return [(loss[s], accuracy[s], {k: g[s] for k,g in gradients.items()}) for s in range(len(self.learners))]
-
-    def _step(self, weights:Tensor, graded:tuple[bool,...], second_order:bool)->None: # nothing in here may depend on a value
-        found = self._gradients(weights, graded, second_order)
-        notes = [note_gradient(l.meta, *f, self.clamp) for l,f in zip(self.learners, found)]
-        with torch.no_grad():
-            for l in self.learners:
-                l.adam.step()
-                if l.average: torch._foreach_lerp_(list(l.average.values()), list(l.meta.learned().values()), 1-self.decay)
-            self.log.index_copy_(0, self.line, torch.stack(notes)[None])
-            self.line += 1; self.iteration += 1
-
-    def prepare(self,
-        n_steps:int=5, second_order:bool=True, loss_weights:abc.Sequence[float]|None=None, # of `meta_loss`: the kind of step to come
-    )->float: # seconds of such a step, measured on one that moves nothing
-        "Compile and capture what a kind of outer step needs, before the first that counts"
-        values = [0.]*(n_steps-1) + [1.] if loss_weights is None else list(loss_weights)
-        kind = tuple(map(bool, values)), second_order
-        if self.captured: self._program(*kind)
-        for _ in range(2): # the first compiles
-            begin = time.perf_counter()
-            self._gradients(self.log.new_tensor(values), *kind)[0][0].item()
-        return time.perf_counter()-begin
-
-    def _program(self, *kind)->tuple[abc.Callable[[],None],Tensor]: # a step of a kind, and the weights of target losses that it reads
-        if kind not in self.programs:
-            weights = self.log.new_tensor(kind[0])
-            step = functools.partial(self._step, weights, *kind)
-            if self.captured:
-                before = self._copies()
-                self.line.zero_()
-                try:
-                    with torch.cuda.device(self.log.device) if self.log.is_cuda else contextlib.nullcontext(): step = _capture(step)
-                except torch.OutOfMemoryError: raise
-                except RuntimeError as e:
-                    print(f'outer steps cannot be captured as CUDA graphs ({str(e.__context__ or e).strip().splitlines()[0]}): they are launched one by one, which is slower', file=sys.stderr, flush=True)
-                    self.captured = False
-                self._put_back(before)
-            self.programs[kind] = step, weights
-        return self.programs[kind]
-
-    def _copies(self)->list[Tensor]: return [t.detach().clone() for l in self.learners for t in l.tensors()]
-
-    @torch.no_grad()
-    def _put_back(self, copies:list[Tensor])->None: torch._foreach_copy_([t for l in self.learners for t in l.tensors()], copies)
-
-    def run(self,
-        first:int, # iteration of the first step
-        n:int, # how many
-        rate:float|None=None, # outer learning rate; None: as it is
-        n_steps:int=5, second_order:bool=True, loss_weights:abc.Sequence[float]|None=None, # of `meta_loss`, the same for all these steps
-    )->Tensor: # (steps, seeds, 3), on the CPU: loss, accuracy, length of the gradient that reaches θ₀. Fewer than n steps if the next one's are not finite: the learners are as before that step
-        "Do n outer steps, then look"
-        values = [0.]*(n_steps-1) + [1.] if loss_weights is None else list(loss_weights)
-        if not 1 <= n <= self.longest: raise ValueError(f'this was made for 1 to {self.longest} steps at a time, got {n}')
-        step, weights = self._program(tuple(map(bool, values)), second_order)
-        weights.copy_(weights.new_tensor(values)); self.iteration.fill_(first); self.line.zero_()
-        for l in self.learners:
-            for group in l.adam.param_groups if rate is not None else (): group['lr'].fill_(rate)
-        before = self._copies()
-        for _ in range(n): step()
-        log = self.log[:n].to('cpu', copy=True)
-        good = int(log.isfinite().all((1,2)).long().cumprod(0).sum())
-        if good == n: return log
-        self._put_back(before)
-        return self.run(first, good, rate, n_steps, second_order, loss_weights) if good else log[:0]
+def replay_on(
+    device:str|torch.device, # a GPU
+)->abc.Callable: # for `OuterSteps(replayed=...)`
+    "Steps become CUDA graphs; one that can't be captured stays as it is, with a line that says why"
+    def replayed(step):
+        try:
+            with torch.cuda.device(device) if torch.device(device).type == 'cuda' else contextlib.nullcontext(): return _capture(step)
+        except torch.OutOfMemoryError: raise
+        except RuntimeError as e:
+            why = str(e.__context__ or e).strip().splitlines()[0]
+            tell_once(f'outer steps cannot be captured as CUDA graphs ({why}): they are launched one by one, which is slower')
+            return step
+    return replayed

@@ -15,18 +15,19 @@ from .maml import MetaParameters
 def _constant(start, inner_lr, n_steps, idle): return {k: w.new_full((1,), inner_lr) for k,w in start.items()}
 
 def _per_layer_and_step(start, inner_lr, n_steps, idle):
-    return {k: w.new_full((1,), inner_lr) if k in idle else w.new_full((n_steps,), inner_lr).requires_grad_() for k,w in start.items()}
+    def rates(k, w): return w.new_full((1,) if k in idle else (n_steps,), inner_lr).requires_grad_(k not in idle)
+    return {k: rates(k, w) for k,w in start.items()}
 
 def _per_weight(start, inner_lr, n_steps, idle):
     return {k: torch.full_like(w, inner_lr)[None].requires_grad_(k not in idle) for k,w in start.items()}
 
-def _layer(name): return name.rpartition('.')[0]
+def _only(start, inner_lr, head): # the head moves, or all but the head: the layer whose parameters come last
+    last = list(start)[-1].rpartition('.')[0]
+    return {k: w.new_full((1,), inner_lr if (k.rpartition('.')[0] == last) == head else 0.) for k,w in start.items()}
 
-def _only(start, inner_lr, moves): return {k: w.new_full((1,), inner_lr if moves(_layer(k)) else 0.) for k,w in start.items()}
+def _head_only(start, inner_lr, n_steps, idle): return _only(start, inner_lr, head=True)
 
-def _head_only(start, inner_lr, n_steps, idle): return _only(start, inner_lr, lambda layer: layer == _layer(list(start)[-1])) # the last layer is the head
-
-def _body_only(start, inner_lr, n_steps, idle): return _only(start, inner_lr, lambda layer: layer != _layer(list(start)[-1]))
+def _body_only(start, inner_lr, n_steps, idle): return _only(start, inner_lr, head=False)
 
 step_size_kinds = {'constant': _constant, 'per layer and step': _per_layer_and_step, 'per weight': _per_weight,
                    'head only': _head_only, 'body only': _body_only}
@@ -40,9 +41,10 @@ def step_size_tables(
     idle:abc.Collection[str]=(), # parameters without an effect, from `idle_parameters`: theirs is not learned
 )->MetaParameters:
     "Meta-parameters with step sizes of another shape"
-    if kind not in step_size_kinds: raise ValueError(f"no step sizes {kind!r}; choose from {', '.join(step_size_kinds)}")
+    if kind not in step_size_kinds:
+        raise ValueError(f"no step sizes {kind!r}; choose from {', '.join(step_size_kinds)}")
     if n_steps < 1: raise ValueError(f'n_steps must be at least 1, got {n_steps}')
-    start = {k: w.detach() for k,w in meta.start.items()}
+    start = {k: meta.start[k].detach() for k in meta.step_sizes}
     return meta._replace(step_sizes=step_size_kinds[kind](start, inner_lr, n_steps, idle))
 
 # %% ../nbs/06_step_sizes.ipynb #00000014
@@ -55,14 +57,18 @@ def plot_step_sizes(
     tables = {k: torch.as_tensor(a).detach().flatten() for k,a in tables.items() if len(a) > 1}
     if not tables: raise ValueError('no table has a row per step: nothing was learned per layer and step')
     ax = ax or plt.subplots(figsize=(8,2.8), layout='constrained')[1]
-    n_steps, n_layers, drawn = len(next(iter(tables.values()))), len(tables), bool(ax.lines)
+    rates = torch.stack(list(tables.values()), 1) # (steps, layers)
+    n_steps, n_layers = rates.shape
+    drawn = bool(ax.lines)
     gaps = range(n_layers, n_steps*n_layers, n_layers) # steps are not joined
-    x, unrolled = (np.insert(np.asarray(v, float), gaps, np.nan) for v in (range(n_steps*n_layers), torch.stack(list(tables.values()), 1).flatten().cpu()))
-    ax.plot(x, unrolled, **{'marker': 'o', 'ms': 3, 'lw': .8, **line})
+    def parted(values): return np.insert(np.asarray(values, float), gaps, np.nan)
+    usual = {'marker': 'o', 'ms': 3, 'lw': .8}
+    ax.plot(parted(range(n_steps*n_layers)), parted(rates.flatten().cpu()), **{**usual, **line})
     if drawn: return ax # the frame is there already
     for i in range(1, n_steps): ax.axvline(i*n_layers - .5, color='.8', lw=.8)
     ax.axhline(0, color='.5', lw=.8)
     ax.set_xticks(range(n_steps*n_layers), [k.replace('.weight','') for k in tables]*n_steps, rotation=90, fontsize=6)
-    for i in range(n_steps): ax.text((i+.5)*n_layers - .5, 1.02, f'step {i+1}', ha='center', transform=ax.get_xaxis_transform())
+    for i in range(n_steps):
+        ax.text((i+.5)*n_layers - .5, 1.02, f'step {i+1}', ha='center', transform=ax.get_xaxis_transform())
     ax.set(ylabel='inner step size α', xlabel='layer tensor')
     return ax

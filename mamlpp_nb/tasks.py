@@ -477,13 +477,15 @@ class Episodes:
     support_y:Tensor # (tasks, way*shot), int64 labels in [0, way)
     target_x:Tensor  # (tasks, way*target, channels, height, width), float in [0, 1]
     target_y:Tensor  # (tasks, way*target), int64 labels in [0, way)
-    classes:Tensor   # (tasks, way), class index of each label
-    rows:Tensor      # (tasks, way, shot+target), which image of `ClassImages.images`; support first
-    turns:Tensor     # (tasks, way), quarter turns applied to each class
+    classes:Tensor|None = None # (tasks, way), class index of each label; None: these tasks aren't made of classes
+    rows:Tensor|None = None    # (tasks, way, shot+target), which image of `ClassImages.images`; support first
+    turns:Tensor|None = None   # (tasks, way), quarter turns applied to each class
 
     def __len__(self): return len(self.support_x)
-    def __getitem__(self, tasks:slice): # some of the tasks
-        return Episodes(*(getattr(self, f.name)[tasks] for f in dataclasses.fields(self)))
+    def each(self, f:abc.Callable[[Tensor],Tensor])->'Episodes': # what f makes of every tensor
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Episodes(*(None if v is None else f(v) for v in values))
+    def __getitem__(self, tasks:slice)->'Episodes': return self.each(lambda t: t[tasks]) # some of the tasks
 
 # %% ../nbs/00_tasks.ipynb #00000039
 class EpisodeSampler:

@@ -56,6 +56,11 @@ def files(drawn, tmp_path_factory):
     return folder
 
 
+def double(e):
+    "The same episodes in float64."
+    return e.each(lambda t: t.double() if t.is_floating_point() else t)
+
+
 def numbered(counts, split='train', size=2):
     "Classes whose images all differ: image r spells the number r in two kinds of bytes."
     n = sum(counts)

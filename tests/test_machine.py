@@ -22,7 +22,7 @@ def test_memory_is_none_where_the_system_does_not_tell(monkeypatch):
     monkeypatch.setattr(machine.Path, 'read_text', nowhere)
     monkeypatch.setitem(sys.modules, 'resource', None) # importing it fails, as on Windows
     assert peak_memory() is None
-    assert machine._model() is not None # no /proc/cpuinfo either
+    assert machine.processor_model() is not None # no /proc/cpuinfo either
 
 
 def test_the_size_of_a_page(monkeypatch):

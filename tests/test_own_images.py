@@ -154,3 +154,56 @@ def test_rows_of_a_shared_head_stay_one(tmp_path, method):
         if method == 'meta-sgd': assert torch.equal(rates[k], rates[k].narrow(1, 0, 1).expand_as(rates[k]))
     untrained = first_state(config, set_up(config, load_data('glyphs'))).model.start['head.weight']
     assert not torch.equal(untrained, head['head.weight']) # it did learn
+
+
+# --- a folder that changes under a run
+
+few_words = '--epochs 2 --iterations 2 --validation_tasks 3 --test_tasks 3 --filters 4 --n_tasks 1 --n_steps 2 --n_way 2 --n_target 1 --test_targets 1 --keep 1 --device cpu'.split()
+
+
+@pytest.fixture
+def begun(tmp_path, own_cache, capsys):
+    "A run on a folder of 15 classes, stopped after its first outer step."
+    folder = write(tmp_path / 'set', range(1, 16))
+    assert main(['train', '--data', str(folder), '--out', str(tmp_path / 'run'), *few_words, '--minutes', '1e-9']) == 3
+    capsys.readouterr()
+    return folder, tmp_path / 'run'
+
+
+def split_of(run): return {s: sorted(c) for s, c in json.loads((run / 'split.json').read_text()).items()}
+
+
+def test_a_class_that_came_after_the_run_began_is_left_out_and_said(begun, capsys):
+    folder, run = begun
+    before = split_of(run)
+    write(folder, [0])
+    write(folder, [40])
+    assert main(['train', '--data', str(folder), '--out', str(run), *few_words]) == 0
+    said = capsys.readouterr().out
+    assert '2 classes that came after the run began are left out: class00, class40' in said and split_of(run) == before
+    assert sorted(before['train'] + before['val'] + before['test']) == [f'class{c:02d}' for c in range(1, 16)]
+    from mamlpp_nb.training import run_splits, read_config
+    now = run_splits(run, read_config(run)[0], lambda text: None)
+    assert {s: sorted(d.names) for s, d in now.items()} == before
+
+
+def test_a_class_that_is_gone_is_an_error_and_a_changed_one_is_said(begun, capsys):
+    folder, run = begun
+    picture(3, 99).save(folder / 'class03' / 'more.png')
+    assert main(['evaluate', str(run), '--tasks', '3', '--device', 'cpu']) == 0
+    assert 'images of 1 classes have changed since the run began: class03' in capsys.readouterr().out
+    for p in (folder / 'class05').iterdir(): p.unlink()
+    (folder / 'class05').rmdir()
+    assert main(['train', '--data', str(folder), '--out', str(run), *few_words]) == 2
+    assert "'class05' among them" in capsys.readouterr().err
+
+
+def test_a_folder_that_has_moved_is_named_with_data(begun, capsys):
+    folder, run = begun
+    moved = folder.rename(folder.with_name('elsewhere'))
+    assert main(['evaluate', str(run), '--tasks', '3', '--device', 'cpu']) == 2
+    assert f'were in {folder}, where there is nothing now' in capsys.readouterr().err
+    assert main(['evaluate', str(run), '--tasks', '3', '--data', str(moved), '--device', 'cpu']) == 0
+    assert main(['replay', str(run), '--iteration', '0', '--data', str(moved)]) == 0
+    assert main(['train', '--data', str(moved), '--out', str(run), *few_words]) == 0
+    assert 'going on after outer step 1' in capsys.readouterr().out

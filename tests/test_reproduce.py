@@ -87,7 +87,7 @@ def test_best_weights_are_those_that_were_tested(table, tmp_path):
 
 
 def test_seeds_at_once_make_a_record_each_and_one_that_diverges_spares_the_others(table, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, '_at_once', lambda seeds, device: [seeds])
+    monkeypatch.setattr(module, 'at_once', lambda seeds, device: [seeds])
     taken = module.train_and_test
 
     def explosive(configs, *rest, **more): # seed 1 has no chance
@@ -106,7 +106,7 @@ def test_seeds_at_once_make_a_record_each_and_one_that_diverges_spares_the_other
 
 
 def test_three_seeds_at_once(table, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, '_at_once', lambda seeds, device: [seeds])
+    monkeypatch.setattr(module, 'at_once', lambda seeds, device: [seeds])
     assert reproduce('short', 'a', '0 1 2', device='cpu', out=tmp_path / 'runs', records=tmp_path) == 0
     assert [r['starts'][0]['seeds_at_once'] for r in read_records(tmp_path, 'short')['a']] == [3]*3
 

@@ -189,12 +189,12 @@ def test_the_running_average_is_what_its_formula_says(few, tmp_path):
     train_run(config, tmp_path, few, say=quiet)
     state = first_state(config, a)
     load_state(tmp_path / 'last.safetensors', state)
-    from mamlpp_nb.training import _advance, _outer_steps
+    from mamlpp_nb.training import advance, outer_steps
     plain = first_state(dataclasses.replace(config, average=0.), b)
-    steps, mean = _outer_steps(config, [(b, plain)]), {k: t.detach().clone() for k, t in b.meta.learned().items()}
+    steps, mean = outer_steps(config, [(b, plain)]), {k: t.detach().clone() for k, t in plain.meta.learned().items()}
     for _ in range(4):
-        _advance(steps, config, [plain], 1)
-        mean = {k: .8*m + .2*b.meta.learned()[k].detach() for k, m in mean.items()}
+        advance(steps, config, 1)
+        mean = {k: .8*m + .2*plain.meta.learned()[k].detach() for k, m in mean.items()}
     for k in mean: assert torch.allclose(mean[k], state.average[k], atol=1e-6)
     assert torch.allclose(state.model.start['head.weight'], mean['start/head.weight'], atol=1e-6) and not torch.equal(state.model.start['head.weight'], state.meta.start['head.weight'])
 
@@ -400,12 +400,12 @@ def test_everything_is_compiled_before_the_first_step_that_counts(few, tmp_path,
             kinds.add(seen)
             return self.plain(*arguments)
         return call
-    taken = training._advance
+    taken = training.advance
     def advance(*arguments):
         counted.append(1)
         return taken(*arguments)
     monkeypatch.setattr('mamlpp_nb.speed._Fused._compiled', watched)
-    monkeypatch.setattr(training, '_advance', advance)
+    monkeypatch.setattr(training, 'advance', advance)
     assert train_and_test([small_run], [tmp_path], few, say=quiet, compiled=True) == 'complete'
     assert len(kinds) > 3 and len(counted) == small_run.epochs*small_run.iterations and not new
 
@@ -415,7 +415,7 @@ def test_a_run_stopped_at_any_moment_has_a_model(few, done, tmp_path, monkeypatc
     from mamlpp_nb.classifier import read_pretrained
     said = []
     with monkeypatch.context() as m: # killed in its first step
-        m.setattr(training, '_advance', lambda *arguments: (_ for _ in ()).throw(SystemExit(9)))
+        m.setattr(training, 'advance', lambda *arguments: (_ for _ in ()).throw(SystemExit(9)))
         with pytest.raises(SystemExit): train_run(small_run, tmp_path, few, say=quiet)
     for unfinished in ('0 of 9 outer steps, the model is untrained', '1 of 9 outer steps, no epochs finished'):
         tested = run_test(tmp_path, few, norms=('targets',), say=said.append)
@@ -504,8 +504,8 @@ def test_a_captured_run_ends_with_the_same_bits(few, tmp_path, monkeypatch, aver
     from mamlpp_nb import training
     config = dataclasses.replace(small_run, average=average)
     train_run(config, tmp_path / 'plain', few, say=quiet)
-    made = training._outer_steps
-    monkeypatch.setattr(training, '_outer_steps', lambda config, seeds, world, captured: made(config, seeds, world, True))
+    made = training.outer_steps
+    monkeypatch.setattr(training, 'outer_steps', lambda config, seeds, world, captured: made(config, seeds, world, True))
     monkeypatch.setattr(training, '_stretch', lambda config, device, pace: config.iterations) # as on a GPU
     monkeypatch.setattr('mamlpp_nb.speed._capture', tape.capture)
     train_run(config, tmp_path / 'taped', few, say=quiet)
