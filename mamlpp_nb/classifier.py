@@ -468,7 +468,7 @@ def _write_table(rows:list[NamedImage], classes:list[str], format:str, out)->Non
         for line in [head, *lines]: out.write('  '.join(cell.ljust(w) for cell,w in zip(line, widths)).rstrip() + '\n')
 
 # %% ../nbs/10_your_images.ipynb #e90a3a66
-def _name_folder(folder:Path, classifier:FewShotClassifier, say:Say)->list[NamedImage]: # the pictures in it, at any depth
+def _name_folder(folder:Path, classifier:FewShotClassifier, say:Say)->list[NamedImage]: # pictures at any depth
     if not folder.is_dir(): raise ValueError(f'{folder} is not a folder')
     skipped = []
     files = list_images(folder, skipped=skipped)

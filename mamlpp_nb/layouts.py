@@ -88,7 +88,8 @@ def split_folders(
     def sources(split):
         if (folder/split).is_dir(): return [folder/split]
         return sorted(folder.glob(f'{split}.zip')) + sorted(folder.glob(f'{split}_*.zip'))
-    def part(paths): return SplitFiles(paths, lambda skipped: [f for p in paths for f in list_images(p, levels, skipped)])
+    def part(paths):
+        return SplitFiles(paths, lambda skipped: [f for p in paths for f in list_images(p, levels, skipped)])
     parts = {split: part(sources(split)) for split in split_names}
     return parts if all(p.sources for p in parts.values()) else {}
 
