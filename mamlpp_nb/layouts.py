@@ -42,8 +42,9 @@ def _by_first_folder(
         if name: named[split].append(f._replace(name=name))
         else: skipped.append(f'{f.path} is in no folder of a class')
         if inner: below[name].add('/'.join(inner))
-    n = len({(split, f.name) for split,files in named.items() for f in files})
-    notes.append(f"{n} {'class' if n == 1 else 'classes'}, a folder each")
+    classes = sorted({f.name for files in named.values() for f in files})
+    some = ', '.join(classes[:5]) + (' ...' if len(classes) > 5 else '')
+    notes.append(f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}, a folder each: {some}")
     if below: notes.append(_nested_note(below))
     return named
 
