@@ -69,7 +69,8 @@ def _in_folder(folder:Path, skipped:list[str])->abc.Iterator[Entry]:
         for p in files: yield p.relative_to(folder).as_posix(), str(p), lambda p=p: read_file(p)
 
 def _in_zip(path:Path, skipped:list[str])->abc.Iterator[Entry]:
-    archive, left = zipfile.ZipFile(path), []
+    try: archive, left = zipfile.ZipFile(path), []
+    except zipfile.BadZipFile as e: raise ValueError(f'{path} is no zip that can be read ({e})') from e
     for i in archive.infolist():
         if i.is_dir(): continue
         if any(map(is_leftover, i.filename.split('/'))): left.append(i.filename)

@@ -283,6 +283,16 @@ def test_tables_that_do_not_fit_are_refused(tmp_path, own_cache):
     with pytest.raises(ValueError, match='not all of train.csv, val.csv and test.csv'): image_folder(tmp_path)
 
 
+def test_a_broken_zip_is_named(tmp_path, own_cache):
+    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as z: z.writestr('a/0.png', png())
+    (tmp_path / 'cut.zip').write_bytes((tmp_path / 'x.zip').read_bytes()[:-30])
+    for place in (tmp_path / 'cut.zip', tmp_path / 'nothing.zip'):
+        place.touch()
+        with pytest.raises(ValueError, match=f'{place.name} is n'): image_folder(place)
+    for s in ('train', 'val', 'test'): (tmp_path / f'{s}.zip').write_bytes(b'x')
+    with pytest.raises(ValueError, match='train.zip is no zip'): image_folder(tmp_path)
+
+
 # the cache
 
 def keep(name, n=1000): return kept_tensors(name, [], lambda: ({'x': torch.zeros(n, dtype=torch.uint8)}, {}))
