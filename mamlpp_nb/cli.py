@@ -17,7 +17,7 @@ import mamlpp_nb
 from .machine import pick_device
 from .names import absolute_name, find_object, is_object_name
 from .progress import tell
-from .files import write_safely
+from .files import cache_command, write_safely
 from .tasks import data_sets, load_data
 from .maml import Diverged, keep_freed_memory
 from .quickstart import quickstart
@@ -249,7 +249,8 @@ def replay_step(
 
 # %% ../nbs/a2_command_line.ipynb #1e5442f7
 commands = {'quickstart': quickstart, 'train': train_preset, 'evaluate': evaluate_run, 'runs': runs, 'show': show,
-            'replay': replay_step, 'reproduce': reproduce, 'adapt': adapt_folder, 'bench': bench}
+            'replay': replay_step, 'reproduce': reproduce, 'adapt': adapt_folder, 'bench': bench,
+            'cache': cache_command}
 
 def usage()->str: # what `mamlpp --help` prints
     "The commands, a line each"

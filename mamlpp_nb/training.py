@@ -223,6 +223,7 @@ def _describe(config, splits, say)->None: # what was understood of own images
     channels, size = splits['train'].images.shape[1:3]
     n_images, colour = sum(int(d.count.sum()) for d in splits.values()), 'grey' if channels == 1 else 'colour'
     say(f'{config.data}: {sum(map(len, splits.values()))} classes, {n_images} {colour} images, {size}x{size} pixels')
+    for line in splits['train'].notes: say(line)
     refused = splits['train'].refused
     for reason in refused[:20]: say(f'left out: {reason}')
     if len(refused) > 20: say(f'left out: {len(refused)-20} more files or folders')
@@ -258,9 +259,9 @@ def as_kept(
     return {s: _chosen(s, [there[name] for name in classes]) for s,classes in kept.items()}
 
 def _chosen(split:str, classes:list[tuple[ClassImages,int]])->ClassImages: # (data, class) in order
-    images = [data.of_class(i) for data,i in classes]
-    refused = classes[0][0].refused
-    return ClassImages(torch.cat(images), [len(t) for t in images], [data.names[i] for data,i in classes], split, refused)
+    images, first = [data.of_class(i) for data,i in classes], classes[0][0]
+    counts, names = [len(t) for t in images], [data.names[i] for data,i in classes]
+    return ClassImages(torch.cat(images), counts, names, split, first.refused, first.notes)
 
 def changed_classes(
     splits:dict[str,ClassImages], # as they are now
