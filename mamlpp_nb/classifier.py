@@ -7,7 +7,7 @@ __all__ = ['models_folder', 'Say', 'NamedImage', 'image_batch', 'head_for', 'Pre
            'NotFitted', 'FewShotClassifier', 'read_labels', 'adapt_folder', 'pack_model', 'model_card']
 
 # %% ../nbs/10_your_images.ipynb #0540c1bf
-import collections, collections.abc as abc, copy, csv, functools, inspect, json as jsons, numbers, sys
+import collections, collections.abc as abc, copy, csv, dataclasses, functools, inspect, json as jsons, numbers, sys
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np, torch
@@ -22,11 +22,12 @@ from .layouts import class_pictures, empty_folders
 from .pictures import PictureFile, decode, image_pixels, list_images, plain_image, read_file
 from .progress import watched
 from .tasks import image_size
-from .network import Conv4, Weights, task_batched
-from .maml import MetaParameters, at_step, load_meta, save_meta
+from .network import Weights, task_batched
+from .maml import MetaParameters, at_step, head_layer, load_meta, save_meta
 from .per_step_norm import gather_statistics, statistics_among, target_norms
 from .speed import fast_inner_loop, fast_statistics
-from .training import Config, build_network, how_unfinished, imagenet_colours, model_files, read_config, set_up
+from .training import Config, adapting, build_network, how_unfinished, imagenet_colours, model_files
+from .training import read_config, set_up
 
 # %% ../nbs/10_your_images.ipynb #11ce4be2
 _overshoot, _mean_overshoot = .45, .08 # of the range: what bicubic enlarging does at worst, to a pixel and on average
@@ -110,11 +111,13 @@ def head_for(
     n_classes:int, # classes of the new task
 )->MetaParameters: # the same with a head of so many rows
     "A row of the head for each class: the shared row, or the trained ones in order and drawn ones beyond"
-    weight, way = meta.start['head.weight'], len(meta.start['head.bias'])
-    def rows(t, drawn=False): return _more_rows(t, n_classes, way, bool((weight == weight[0]).all()), drawn)
+    head = head_layer(meta)
+    weight = meta.start[f'{head}.weight']
+    way, shared = len(weight), bool((weight == weight[0]).all())
+    def rows(t, drawn=False): return _more_rows(t, n_classes, way, shared, drawn)
     start, step_sizes = dict(meta.start), dict(meta.step_sizes)
-    for k in [k for k in start if k.startswith('head.')]:
-        start[k] = rows(meta.start[k], drawn=k == 'head.weight') # with the mean and spread of the trained ones
+    for k in [k for k in start if k.rpartition('.')[0] == head]:
+        start[k] = rows(meta.start[k], drawn=k == f'{head}.weight') # with the mean and spread of the trained ones
         per_weight = k in step_sizes and step_sizes[k].ndim == meta.start[k].ndim + 1
         if per_weight: step_sizes[k] = torch.stack([rows(t) for t in step_sizes[k]])
     return meta._replace(start=start, step_sizes=step_sizes)
@@ -152,12 +155,16 @@ def _refuse_misfit(path:Path, net:nn.Module, meta:MetaParameters)->None:
         raise ValueError(f'{path} does not fit the network of its settings: '
                          f'{differ[0]} and {len(differ)-1} others differ')
 
+def _images_of(config:Config, meta:MetaParameters)->tuple[int,int]: # channels and size; files of earlier versions, all Conv4, don't say
+    channels = meta.start['conv0.weight'].shape[1]
+    return channels, config.image_size or image_size(channels)
+
 @functools.lru_cache(maxsize=8)
 def _pretrained(path:Path, changed:float)->Pretrained:
     meta, about = load_meta(path)
     try:
-        config, channels = Config(**about['config']), meta.start['conv0.weight'].shape[1]
-        size = config.image_size or image_size(channels)
+        config = Config(**about['config'])
+        channels, size = about.get('images') or _images_of(config, meta)
         net = build_network(config, channels, size)
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f'{path} is not a model that this package trained ({type(e).__name__}: {e})') from e
@@ -192,15 +199,21 @@ def as_module(
     weights:Weights, # adapted, and with the statistics of its batch norms if they are to be frozen
 )->nn.Module: # images (n, channels, size, size) in [0, 1] -> probabilities (n, classes)
     "A classifier with nothing of meta-learning left in it"
-    c, frozen, kind = model.config, any(k.endswith('running_mean') for k in weights), weights['head.bias'].dtype
-    net = Conv4(len(weights['head.bias']), model.channels, model.size, c.filters, c.strided).to(kind)
-    for i in range(4): setattr(net, f'norm{i}', nn.BatchNorm2d(c.filters, track_running_stats=frozen, dtype=kind))
+    head = weights[f'{head_layer(model.meta)}.weight']
+    plain = dataclasses.replace(model.config, n_way=len(head), normalise=False)
+    net = build_network(plain, model.channels, model.size).to(head.dtype)
+    net._forward_pre_hooks.clear() # its pixels come as they should be
+    for name,m in net.named_modules():
+        if f'{name}.running_mean' in weights: _freeze(m, weights[f'{name}.running_mean'], weights[f'{name}.running_var'])
     net.load_state_dict(weights, strict=False) # only batch norm's counters are missing
     shift = []
-    if c.normalise:
+    if model.config.normalise:
         from torchvision.transforms import Normalize # a second that other commands need not wait
         shift = [Normalize(*imagenet_colours)]
     return nn.Sequential(*shift, net, nn.Softmax(1)).eval().requires_grad_(False)
+
+def _freeze(norm:nn.Module, mean:Tensor, var:Tensor)->None: # batch norm that normalises by given statistics
+    norm.track_running_stats, norm.running_mean, norm.running_var = True, mean.clone(), var.clone()
 
 # %% ../nbs/10_your_images.ipynb #c3893205
 class NotFitted(ValueError, AttributeError):
@@ -277,7 +290,7 @@ def _states(model:Pretrained, x:Tensor, y:Tensor, n_steps:int, norm:str)->list[W
     meta = head_for(model.meta, int(y.max())+1)
     start = {k: w[None] for k,w in meta.start.items()}
     if norm == 'running': statistics_among(model.net, at_step(meta, start, 0)) # refused before the work
-    adapted = [start, *fast_inner_loop(model.net)(task_batched(model.net), meta, x[None], y[None], n_steps)]
+    adapted = [start, *fast_inner_loop(model.net)(task_batched(model.net), meta, x[None], y[None], n_steps, **adapting(model.config))]
     after = [at_step(meta, fast, max(i-1, 0)) for i,fast in enumerate(adapted)]
     after = {k: torch.cat([w[k] for w in after]) for k in after[0]} # as if the states were tasks
     running = {k: w for k,w in after.items() if '.running_' in k}
@@ -383,7 +396,8 @@ def save(self:FewShotClassifier,
              'n_steps': self.n_steps_, 'norm': self.norm_}
     adapted = {f'adapted/{i}/{k}': w for i,weights in enumerate(self.steps_) for k,w in weights.items()}
     config = jsons.loads(jsons.dumps(vars(self.model_.config)))
-    save_meta(path, self.model_.meta, {'config': config, 'classifier': about}, adapted)
+    images = [self.model_.channels, self.model_.size]
+    save_meta(path, self.model_.meta, {'config': config, 'images': images, 'classifier': about}, adapted)
 
 def _saved_steps(path:str|Path, n_steps:int)->list[Weights]: # before and after each step
     steps = [{} for _ in range(n_steps+1)]

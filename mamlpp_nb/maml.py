@@ -156,7 +156,7 @@ def head_layer(
     meta:MetaParameters, # of a network
 )->str: # name of a layer
     "The head: of the layers that the inner loop moves, the one whose parameters come last"
-    return list(meta.step_sizes)[-1].rpartition('.')[0]
+    return [k for k in meta.start if k in meta.step_sizes][-1].rpartition('.')[0]
 
 # %% ../nbs/02_maml.ipynb #00000016
 def row(
@@ -588,7 +588,7 @@ def save_meta(
 )->None:
     "Keep meta-parameters in a file"
     tensors = {k: t.detach().cpu().contiguous() for k,t in {**meta.named(), **(more or {})}.items()}
-    written = {k: json.dumps(v) for k,v in {'about': about, 'learned': list(meta.learned()), **notes}.items()}
+    written = {k: json.dumps(v) for k,v in {'about': about, 'learned': list(meta.learned()), 'order': list(meta.named()), **notes}.items()}
     data = save(tensors, {**written, 'digest': digest(tensors, written)})
     write_safely(Path(path), lambda draft: draft.write_bytes(data))
 
@@ -619,9 +619,10 @@ def load_meta(
     if not known or strange or not any(k.startswith('start/') for k in tensors):
         why = f'it has tensors of {", ".join(sorted(strange))}' if strange else 'it does not say what is learned'
         raise ValueError(f'{path} is not a whole checkpoint of meta-parameters ({why})')
-    for k,t in tensors.items():
+    learned, order = set(notes['learned']), notes.get('order', notes['learned']) # a file's own order is alphabetical
+    for k in [*(k for k in order if k in tensors), *(k for k in tensors if k not in order)]:
         group, name = k.split('/', 1)
-        if group in groups: groups[group][name] = t.requires_grad_(k in notes['learned'])
+        if group in groups: groups[group][name] = tensors[k].requires_grad_(k in learned)
     return MetaParameters(**groups), notes['about']
 
 # %% ../nbs/02_maml.ipynb #00000030

@@ -6,12 +6,12 @@
 __all__ = ['presets', 'networks', 'imagenet_colours', 'objectives', 'optimizers', 'default_norms', 'Log', 'exit_codes', 'Config',
            'configure', 'only_named', 'build_network', 'Objective', 'minus', 'find_objective', 'load_splits',
            'split_record', 'as_kept', 'changed_classes', 'read_split', 'run_splits', 'deals', 'Setup', 'set_up',
-           'epoch_parts', 'state_tensors', 'first_state', 'save_state', 'load_state', 'open_run', 'read_config',
-           'keep_state', 'newest_state', 'read_metrics', 'best_epochs', 'best_file', 'portion_of', 'noted_signals',
-           'Reporter', 'run_phases', 'recent_steps', 'said_score', 'csv_log', 'epoch_numbers', 'TensorBoardLog',
-           'validation_pace', 'test_pace', 'useful_norms', 'outer_steps', 'advance', 'train_runs', 'train_run',
-           'task_by_task', 'load_models', 'model_files', 'how_unfinished', 'test_run', 'train_and_test', 'replay',
-           'read_run', 'plot_run']
+           'adapting', 'epoch_parts', 'state_tensors', 'first_state', 'save_state', 'load_state', 'open_run',
+           'read_config', 'about_model', 'keep_state', 'newest_state', 'read_metrics', 'best_epochs', 'best_file',
+           'portion_of', 'noted_signals', 'Reporter', 'run_phases', 'recent_steps', 'said_score', 'csv_log',
+           'epoch_numbers', 'TensorBoardLog', 'validation_pace', 'test_pace', 'useful_norms', 'outer_steps', 'advance',
+           'train_runs', 'train_run', 'task_by_task', 'load_models', 'model_files', 'how_unfinished', 'test_run',
+           'train_and_test', 'replay', 'read_run', 'plot_run']
 
 # %% ../nbs/08_training.ipynb #00000003
 import collections.abc as abc, contextlib, dataclasses, hashlib, inspect, json, math, os, signal, threading, time
@@ -380,7 +380,7 @@ def set_up(
         net=net, forward=task_batched(net), training=task_batched(net, config.dropout), gradient=gradient,
         adapt=fast_inner_loop(net, compiled), predicts=fast_predicts(net, compiled), look=fast_statistics(net, compiled),
         compiled=compiled, meta=meta, deal=dealt['train'], validation=dealt['val'], test=dealt['test'],
-        score=find_objective(config.loss).score, adapting=_adapting(config))
+        score=find_objective(config.loss).score, adapting=adapting(config))
 
 def _long_enough(config:Config, net:nn.Module, size:int)->bool: # to compile; the same answer when the run goes on
     if type(net) is not Conv4: return False # the passes that are compiled are Conv4's
@@ -388,7 +388,10 @@ def _long_enough(config:Config, net:nn.Module, size:int)->bool: # to compile; th
     step = operations(net, size, n_support, n_target, config.n_tasks, config.n_steps)
     return worth_compiling(step*config.epochs*config.iterations)
 
-def _adapting(config:Config)->dict: # of `inner_loop`
+def adapting(
+    config:Config, # the settings
+)->dict: # arguments of `inner_loop`; those that are as usual are left out
+    "How a run's models adapt"
     loss, usual = find_objective(config.loss).loss, inner_parts(find_method(config.method))
     return usual if loss is task_losses else {**usual, 'loss': loss}
 
@@ -510,13 +513,21 @@ def read_config(
         raise ValueError(f'{path} is not the configuration of a run ({e})') from e
 
 # %% ../nbs/08_training.ipynb #0000001d
+def about_model(
+    config:Config, # the settings
+    learner:Learner, # whose episodes show what its images are
+)->dict: # plain values, for a file of meta-parameters
+    "What is needed to build a run's network again"
+    shape = learner.deal(0, 1).support_x.shape[2:]
+    return {'config': dataclasses.asdict(config), 'images': list(shape[:2]) if len(shape) == 3 else None}
+
 def keep_state(
     folder:Path, # of the run
     state:Learner, # as it is now
     config:Config, # written into the file
 )->None:
     "Make this the run's last state, and the last one the previous"
-    save_state(folder/'next.safetensors', state, {'config': dataclasses.asdict(config)})
+    save_state(folder/'next.safetensors', state, about_model(config, state))
     _step_back(folder)
 
 def _step_back(folder:Path)->None: # next becomes last, last becomes previous; also finishes what was cut short
@@ -574,7 +585,7 @@ def best_file(
 
 def _keep_best(folder:Path, rows:list[dict], state:Learner, config:Config)->None: # after an epoch: its state, if it is among the best
     epoch, kept = rows[-1]['epoch'], best_epochs(rows, config.keep)
-    about = {'config': dataclasses.asdict(config), 'epoch': epoch, 'validation': rows[-1]['validation']}
+    about = {**about_model(config, state), 'epoch': epoch, 'validation': rows[-1]['validation']}
     if epoch in kept: save_state(best_file(folder, epoch), state, about)
 
 def _forget_others(folder:Path, rows:list[dict], config:Config)->None: # only after the run's state is safe

@@ -44,7 +44,7 @@ def test_the_meta_gradient_is_the_naive_one(name, second_order):
 
 
 @pytest.mark.parametrize('second_order', [True, False], ids=['second', 'first'])
-@pytest.mark.parametrize('method', methods)
+@pytest.mark.parametrize('method', [name for name, m in methods.items() if m.update == 'gradient step'])
 @pytest.mark.parametrize('name', networks())
 def test_every_method_is_the_loop_over_tasks(name, method, second_order):
     net, e = networks()[name], noise_episodes(n_tasks=2, size=16)

@@ -298,3 +298,20 @@ def test_names_that_mean_nothing_are_refused_before_any_work(drawn, tmp_path):
                           ({'network': f'{own_file}:Residual', 'strided': True}, 'no strided variant')):
         with pytest.raises((ValueError, TypeError), match=said): set_up(dataclasses.replace(tiny, **changes), drawn)
     with pytest.raises(ValueError, match='is no method'): Config(method=f'{own_file}:smooth')
+
+
+def test_a_model_of_ones_own_network_adapts_to_pictures(drawn, tmp_path):
+    from mamlpp_nb.classifier import FewShotClassifier
+    import pickle
+    for name, changes in (('own', {'network': f'{own_file}:Residual'}), ('resnet', {'network': 'resnet12', 'n_tasks': 1}), ('momentum', {'method': 'momentum'})):
+        config = dataclasses.replace(tiny, **changes, epochs=1, iterations=1)
+        train_run(config, tmp_path / name, drawn, say=quiet)
+        x = drawn['test'].images[:60:10]
+        fitted = FewShotClassifier(str(tmp_path / name)).fit(x, list('aabbcd'))
+        proba = fitted.predict_proba(x)
+        assert proba.shape == (6, 4) and abs(proba.sum(1) - 1).max() < 1e-5
+        fitted.save(tmp_path / f'{name}.safetensors')
+        assert (FewShotClassifier.load(tmp_path / f'{name}.safetensors').predict_proba(x) == proba).all()
+        assert (pickle.loads(pickle.dumps(fitted)).predict_proba(x) == proba).all()
+        exported = torch.export.export(fitted.module(), (x.float()/255,)).module()
+        assert exported(x.float()/255).allclose(torch.from_numpy(proba), atol=1e-5)
