@@ -155,7 +155,7 @@ def _refuse_misfit(path:Path, net:nn.Module, meta:MetaParameters)->None:
         raise ValueError(f'{path} does not fit the network of its settings: '
                          f'{differ[0]} and {len(differ)-1} others differ')
 
-def _images_of(config:Config, meta:MetaParameters)->tuple[int,int]: # channels and size; files of earlier versions, all Conv4, don't say
+def _images_of(config:Config, meta:MetaParameters)->tuple[int,int]: # channels, size; older files are all Conv4's
     channels = meta.start['conv0.weight'].shape[1]
     return channels, config.image_size or image_size(channels)
 
@@ -204,7 +204,8 @@ def as_module(
     net = build_network(plain, model.channels, model.size).to(head.dtype)
     net._forward_pre_hooks.clear() # its pixels come as they should be
     for name,m in net.named_modules():
-        if f'{name}.running_mean' in weights: _freeze(m, weights[f'{name}.running_mean'], weights[f'{name}.running_var'])
+        mean, var = (weights.get(f'{name}.{s}') for s in ('running_mean','running_var'))
+        if mean is not None: _freeze(m, mean, var)
     net.load_state_dict(weights, strict=False) # only batch norm's counters are missing
     shift = []
     if model.config.normalise:
@@ -290,7 +291,8 @@ def _states(model:Pretrained, x:Tensor, y:Tensor, n_steps:int, norm:str)->list[W
     meta = head_for(model.meta, int(y.max())+1)
     start = {k: w[None] for k,w in meta.start.items()}
     if norm == 'running': statistics_among(model.net, at_step(meta, start, 0)) # refused before the work
-    adapted = [start, *fast_inner_loop(model.net)(task_batched(model.net), meta, x[None], y[None], n_steps, **adapting(model.config))]
+    adapt, forward = fast_inner_loop(model.net), task_batched(model.net)
+    adapted = [start, *adapt(forward, meta, x[None], y[None], n_steps, **adapting(model.config))]
     after = [at_step(meta, fast, max(i-1, 0)) for i,fast in enumerate(adapted)]
     after = {k: torch.cat([w[k] for w in after]) for k in after[0]} # as if the states were tasks
     running = {k: w for k,w in after.items() if '.running_' in k}

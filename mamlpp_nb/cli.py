@@ -74,7 +74,7 @@ def train_preset(
     no_capture:bool=False,
     tensorboard:bool=False, # write for TensorBoard into the folder
     csv:bool=False, # write metrics.csv into the folder
-    log:str='', # package.module:name or file.py:name of a function that is told each epoch's record, a dict; empty: none
+    log:str='', # package.module:name or file.py:name of a function that is told each epoch's record; empty: none
     json:bool=False, # end with one line of JSON
     settings:Param(argparse.SUPPRESS)=None, # fields of `Config` that differ from the preset
 )->int: # exit code, see `exit_codes`
@@ -91,7 +91,7 @@ def train_preset(
     say = tell if world.rank == 0 else lambda text: None
     for c,folder in zip(configs, folders):
         say(f'{preset}, {c.method}, seed {c.seed}: {c.epochs} epochs of {c.iterations} outer steps, in {folder}')
-    told = [*([TensorBoardLog()] if tensorboard else []), *([csv_log] if csv else []), *([find_object(log)] if log else [])]
+    told = _logs(tensorboard, csv, log)
     status = train_and_test(configs, folders, world=world, minutes=minutes or None, say=say, log=told,
                             capture=not no_capture, compiled=False if no_compile else None)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
@@ -101,6 +101,12 @@ def train_preset(
     return exit_codes[status]
 
 # %% ../nbs/a2_command_line.ipynb #8c1d0b01
+def _logs(tensorboard:bool, csv:bool, log:str)->list: # what is told each epoch's record
+    told = [TensorBoardLog()] if tensorboard else []
+    if csv: told.append(csv_log)
+    if log: told.append(find_object(log))
+    return told
+
 def _summary(run:dict, status:str, say:abc.Callable[[str],None])->dict: # what a script may want to know
     if run['test']: say(f"seed {run['config']['seed']}: {test_table(run['test'])}")
     else:
@@ -149,8 +155,9 @@ def evaluate_run(
         if value < 0: raise ValueError(f'{name} must be at least 0, got {value}')
     norms = None if norm == 'all' else (norm,)
     splits = run_splits(run, read_config(run)[0], tell, data) if data else None
-    tested = test_run(run, splits, World(device=pick_device(device)), split, n_tasks=tasks or None, n_steps=steps or None,
-                      norms=norms, n_permutations=permutations, say=tell)
+    world = World(device=pick_device(device))
+    tested = test_run(run, splits, world, split, n_tasks=tasks or None, n_steps=steps or None, norms=norms,
+                      n_permutations=permutations, say=tell)
     print(test_table(tested))
     if record: write_safely(Path(record), lambda draft: draft.write_text(jsons.dumps(tested, indent=1)))
     if json: print(jsons.dumps(tested))

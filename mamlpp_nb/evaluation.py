@@ -32,11 +32,12 @@ def step_logits(
     if not 1 <= n_permutations <= way:
         raise ValueError(f'n_permutations must be from 1 to {way}, the number of classes; got {n_permutations}')
     for shift in range(n_permutations):
-        relabelled = episodes if not shift else dataclasses.replace(episodes, support_y=(episodes.support_y + shift) % way)
+        relabelled = episodes
+        if shift: relabelled = dataclasses.replace(episodes, support_y=(episodes.support_y + shift) % way)
         before = {k: w.expand(len(episodes), *w.shape) for k,w in meta.start.items()}
         after = adapt(forward, meta, relabelled.support_x, relabelled.support_y, n_steps, second_order=False, **parts)
         said = {name: [] for name in predicts}
-        for row,fast in zip([0,*range(n_steps)], itertools.chain([before], after)): # never the weights of all steps at once
+        for row,fast in zip([0,*range(n_steps)], itertools.chain([before], after)): # never all steps' weights at once
             for name,predict in predicts.items(): said[name].append(predict(at_step(meta, fast, row), relabelled))
         for name in predicts: sums[name] = sums.get(name, 0) + torch.stack(said[name]).roll(-shift, -1)
     return {name: s/n_permutations for name,s in sums.items()}
@@ -53,7 +54,8 @@ def refuse_test(
     "Say what is wrong with what was asked for, before any work"
     unknown = set(norms) - set(target_norms)
     if unknown or not norms:
-        raise ValueError(f"no target norm {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(target_norms)}")
+        named = ', '.join(map(repr, sorted(unknown)))
+        raise ValueError(f"no target norm {named}; choose from {', '.join(target_norms)}")
     if min(n_tasks-1, n_models, n_steps) < 1:
         raise ValueError('at least 2 tasks (an interval needs them), 1 model and 1 inner step; '
                          f'got {n_tasks}, {n_models} and {n_steps}')
@@ -77,12 +79,13 @@ def test_models(
     tick:abc.Callable[[int],None]=lambda n: None, # told how many more tasks a model has done, those of `gather` too
     score:Graded=task_accuracies, # how good the targets' outputs are
     **parts, # of the inner loop: `loss` and `update`, if they are others
-)->dict[str,dict[str,Evaluation]]: # for each norm, 'single': the first model, 'ensemble': the mean of all models' outputs
+)->dict[str,dict[str,Evaluation]]: # for each norm, 'single': the first model, 'ensemble': the mean of all outputs
     "Score of the best model and of the ensemble of all"
     refuse_test(norms, n_tasks, len(models), n_steps)
     if 'running' in norms:
         if gather is None: raise ValueError("the norm 'running' needs meta-training tasks to gather statistics from")
-        models = [gather_statistics(net, m, gather, gathered_tasks, n_steps, portion, adapt, look, tick, **parts) for m in models]
+        how = gather, gathered_tasks, n_steps, portion, adapt, look, tick
+        models = [gather_statistics(net, m, *how, **parts) for m in models]
     ways = {norm: predicts[norm] if predicts else predict_targets(net, norm) for norm in norms}
     forward, own, device = task_batched(net), own_share(n_tasks, world), next(iter(models[0].start.values())).device
     grades = torch.zeros(len(norms), 2, n_tasks, n_steps+1, dtype=torch.float64, device=device)
@@ -97,11 +100,13 @@ def test_models(
             for j,outputs in enumerate((said[0][norm], mean)):
                 grades[i,j,first:first+len(e)] = torch.stack([score(o, e.target_y).double() for o in outputs], 1)
     grades = sum_over(world, [grades])[0].cpu()
-    return {norm: {who: Evaluation(grades[i,j]) for j,who in enumerate(('single','ensemble'))} for i,norm in enumerate(norms)}
+    def both(single, ensemble): return {'single': Evaluation(single), 'ensemble': Evaluation(ensemble)}
+    return {norm: both(*pair) for norm,pair in zip(norms, grades)}
 
 # %% ../nbs/a3_evaluation.ipynb #00000010
 def summarise(
     results:dict[str,dict[str,Evaluation]], # from `test_models`
 )->dict: # plain values: norm -> single or ensemble -> accuracy and ci95, a number for each step
     "What a record keeps of a test"
-    return {norm: {who: {'accuracy': e.accuracy, 'ci95': e.ci95} for who,e in pair.items()} for norm,pair in results.items()}
+    def plain(e): return {'accuracy': e.accuracy, 'ci95': e.ci95}
+    return {norm: {who: plain(e) for who,e in pair.items()} for norm,pair in results.items()}

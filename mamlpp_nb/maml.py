@@ -90,20 +90,24 @@ def draw_inner_loop(
     graded = [n_steps] if graded is None else graded
     ax = ax or plt.subplots(figsize=(2.1*n_steps+1.4, 3.4))[1]
     def node(x, y, text, shape='round', color='white'):
-        ax.text(x, y, text, ha='center', va='center', fontsize=10, bbox=dict(boxstyle=f'{shape},pad=.35', fc=color, ec='.3'))
+        frame = dict(boxstyle=f'{shape},pad=.35', fc=color, ec='.3')
+        ax.text(x, y, text, ha='center', va='center', fontsize=10, bbox=frame)
     for i in range(n_steps):
         x = 2*i
         _arrow(ax, (x,2), (x+2,2), 'C0')
-        _arrow(ax, (x,2), (x+1,1), 'C3'); _arrow(ax, (x+1,1), (x+2,2), 'C3', r'$-\alpha$')
+        _arrow(ax, (x,2), (x+1,1), 'C3')
+        _arrow(ax, (x+1,1), (x+2,2), 'C3', r'$-\alpha$')
         _arrow(ax, (x+1,0), (x+1,1), '.6')
         node(x+1, 1, rf'$\nabla L^S_{i}$', color='#fbe3e0')
     for i in graded:
-        _arrow(ax, (2*i,2), (2*i,3), 'k'); _arrow(ax, (2*i,4), (2*i,3), '.6')
+        _arrow(ax, (2*i,2), (2*i,3), 'k')
+        _arrow(ax, (2*i,4), (2*i,3), '.6')
         node(2*i, 3, rf'$L^T_{i}$' if len(graded)==1 else rf'$w_{i} L^T_{i}$', color='#fff3cf')
     for i in range(n_steps+1): node(2*i, 2, rf'$\theta_{i}$', 'circle', '#dfeaf7')
     for i in range(n_steps): node(2*i+1, 0, '$S$', color='.93')
     for i in graded: node(2*i, 4, '$T$', color='.93')
-    ax.set(xlim=(-.6, 2*n_steps+.6), ylim=(-.4,4.4)); ax.axis('off')
+    ax.set(xlim=(-.6, 2*n_steps+.6), ylim=(-.4,4.4))
+    ax.axis('off')
     return ax
 
 # %% ../nbs/02_maml.ipynb #00000014
@@ -111,7 +115,7 @@ class MetaParameters(NamedTuple):
     "What the outer loop learns: a tuple of dicts of tensors"
     start:Weights      # θ₀, by parameter name: what the inner loop begins with
     per_step:Weights   # tables (rows, *shape) of the parameters the inner loop leaves alone, such as γ and β
-    step_sizes:Weights # tables α (rows, *shape that broadcasts to the weight) of those in `start` that the inner loop moves
+    step_sizes:Weights # tables α (rows, *shape that broadcasts to the weight) of what the inner loop moves
     added:Weights = {} # whatever a part of your own learns or needs, by names of its own; never changed in place
 
     def named(self)->Weights: # 'start/conv0.weight' and so on
@@ -124,7 +128,8 @@ class MetaParameters(NamedTuple):
 
     def copy(self)->'MetaParameters': # as learnable as these
         "The same values in tensors of their own"
-        return MetaParameters(*({k: t.detach().clone().requires_grad_(t.requires_grad) for k,t in table.items()} for table in self))
+        def own(t): return t.detach().clone().requires_grad_(t.requires_grad)
+        return MetaParameters(*({k: own(t) for k,t in table.items()} for table in self))
 
     def detached(self)->'MetaParameters': # the same memory
         "The same values, without a gradient"
@@ -149,7 +154,8 @@ def maml_parameters(
         if k in norms: per_step[k] = w[None].requires_grad_(p.requires_grad)
         else: start[k] = w.requires_grad_(p.requires_grad)
     step_sizes = {k: w.new_full((1,), inner_lr).detach() for k,w in start.items() if w.requires_grad}
-    if not step_sizes: raise ValueError('nothing is left for the inner loop to move: all parameters are frozen, or normalise')
+    if not step_sizes:
+        raise ValueError('nothing is left for the inner loop to move: all parameters are frozen, or normalise')
     return MetaParameters(start, per_step, step_sizes)
 
 def head_layer(
@@ -263,7 +269,8 @@ def meta_loss(
     "The outer objective (Finn et al. 2017, equation 1)"
     weights = [0.]*(n_steps-1) + [1.] if loss_weights is None else loss_weights
     if len(weights) != n_steps or not any(weights):
-        raise ValueError(f'loss_weights needs one weight for each of {n_steps} steps, not all zero; got {list(weights)}')
+        raise ValueError(f'loss_weights needs one weight for each of {n_steps} steps, not all zero; '
+                         f'got {list(weights)}')
     total, e = 0., episodes
     for i,fast in enumerate(inner_loop(forward, meta, e.support_x, e.support_y, n_steps, second_order, loss, update)):
         if not weights[i]: continue
@@ -282,7 +289,8 @@ def naive_meta_loss(
     "`naive_task_loss` over a Python loop of tasks"
     gamma_beta, (alpha,) = row(meta.per_step, 0), {t.item() for t in meta.step_sizes.values()}
     tasks = zip(episodes.support_x, episodes.support_y, episodes.target_x, episodes.target_y)
-    return torch.stack([naive_task_loss(net, meta.start, gamma_beta, alpha, *t, n_steps, second_order) for t in tasks]).mean()
+    losses = [naive_task_loss(net, meta.start, gamma_beta, alpha, *t, n_steps, second_order) for t in tasks]
+    return torch.stack(losses).mean()
 
 # %% ../nbs/02_maml.ipynb #00000022
 def gradient_error(
@@ -321,7 +329,7 @@ class Learner:
     meta:MetaParameters # moved in place
     deal:Deal # its meta-training episodes
     optimizer:torch.optim.Optimizer # over `meta.learned()`
-    average:Weights = dataclasses.field(default_factory=dict) # running average by the names of `meta.learned()`, moved in place; empty: none
+    average:Weights = dataclasses.field(default_factory=dict) # running average of `meta.learned()`; empty: none
     iteration:int = 0 # outer steps done
     seconds:float = 0. # spent on them
     log:list = dataclasses.field(default_factory=list) # [loss, accuracy, gradient norm] of the epoch's steps so far
@@ -335,8 +343,9 @@ class Learner:
     @property
     def model(self)->MetaParameters: # detached copies: what is validated, tested and passed on
         "The averaged meta-parameters if there are any, else the last"
-        means = {group: {k: self.average.get(f'{group}/{k}', t) for k,t in table.items()} for group,table in self.meta._asdict().items()}
-        return MetaParameters(**means).detached().copy()
+        def means(group, table): return {k: self.average.get(f'{group}/{k}', t) for k,t in table.items()}
+        tables = {group: means(group, table) for group,table in self.meta._asdict().items()}
+        return MetaParameters(**tables).detached().copy()
 
 # %% ../nbs/02_maml.ipynb #d947976b
 def meta_gradient(
@@ -357,7 +366,7 @@ def note_gradient(
     loss:Tensor, accuracy:Tensor, # of the outer step, scalars
     gradients:Weights, # by the names of `meta.learned()`
     clamp:float=0., # bound on each element of the gradient of the network's weights; 0: none
-)->Tensor: # (3,): loss, accuracy, length of the gradient that reaches θ₀ before clamping; not finite if any part isn't
+)->Tensor: # (3,): loss, accuracy, length of the gradient that reaches θ₀, unclamped; not finite if any part isn't
     "Hand a meta-gradient to the optimizer, without a look at it"
     norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values()))))
     network = [g for k,g in gradients.items() if k.startswith(('start/','per_step/'))]
@@ -404,7 +413,8 @@ class OuterSteps:
         batches = [l.deal(at*self.n_tasks, self.n_tasks) for l in self.learners]
         graded = [w if g else 0. for w,g in zip(weights, kind.graded)]
         metas = [l.meta for l in self.learners]
-        with self._drawing(): return self.gradients(self.forward, metas, batches, loss_weights=graded, **dict(kind.parts))
+        with self._drawing():
+            return self.gradients(self.forward, metas, batches, loss_weights=graded, **dict(kind.parts))
 
     @contextlib.contextmanager
     def _drawing(self)->abc.Iterator[None]: # dropout's draws are a function of seed and iteration
@@ -455,11 +465,11 @@ def run(self:OuterSteps,
     n:int, # how many
     rate:float|None=None, # outer learning rate; None: as it is
     **parts, # arguments of `meta_loss`, the same for all these steps
-)->Tensor: # (steps, learners, 3), on the CPU: loss, accuracy, length of the gradient that reaches θ₀. Fewer than n if the next step's are not finite: the learners are as before it
-    "Do n outer steps"
+)->Tensor: # (steps, learners, 3), on the CPU: loss, accuracy, length of the gradient that reaches θ₀
+    "Do n outer steps; fewer if the next one's loss or gradient is not finite, and the learners are as before it"
     if not 1 <= n <= self.longest: raise ValueError(f'this was made for 1 to {self.longest} steps at a time, got {n}')
     weights, kind = step_kind(**parts)
-    for group in (g for l in self.learners for g in l.optimizer.param_groups if rate is not None): _set_rate(group, rate)
+    if rate is not None: _set_rates(self.learners, rate)
     looks = self.log.device.type == 'cpu' and not self.replayed
     step, own = (None, None) if looks else self._program(kind) # making it takes steps of its own
     self.iteration.fill_(first)
@@ -475,12 +485,13 @@ def run(self:OuterSteps,
     self._put_back(before)
     return self.run(first, good, rate, **parts) if good else log[:0]
 
-def _set_rate(group:dict, rate:float)->None: # of an optimizer whose rate may be a tensor, which a replay knows by its address
-    if isinstance(group['lr'], Tensor): group['lr'].fill_(rate)
-    else: group['lr'] = rate
+def _set_rates(learners:list[Learner], rate:float)->None:
+    for group in (g for l in learners for g in l.optimizer.param_groups):
+        if isinstance(group['lr'], Tensor): group['lr'].fill_(rate) # a replay knows it by its address
+        else: group['lr'] = rate
 
 @patch
-def _seen(self:OuterSteps, weights:list[float], kind:Kind, n:int)->Tensor: # step by step, looked at before anything moves
+def _seen(self:OuterSteps, weights:list[float], kind:Kind, n:int)->Tensor: # each is looked at before anything moves
     weights = self.log.new_tensor(weights).tolist() # as a replay has them: rounded to the network's precision
     for i in range(n):
         self.log[i] = self._notes(weights, kind)
@@ -503,7 +514,7 @@ def prepare(self:OuterSteps,
     return time.perf_counter()-begin
 
 @patch
-def _program(self:OuterSteps, kind:Kind)->tuple[abc.Callable[[],None],Tensor]: # a step of a kind, and the weights of target losses that it reads
+def _program(self:OuterSteps, kind:Kind)->tuple[abc.Callable[[],None],Tensor]: # a step, and the loss weights it reads
     if kind not in self.programs:
         weights = self.log.new_tensor(kind.graded)
         def step(): self._blind(weights, kind)
@@ -588,11 +599,12 @@ def save_meta(
 )->None:
     "Keep meta-parameters in a file"
     tensors = {k: t.detach().cpu().contiguous() for k,t in {**meta.named(), **(more or {})}.items()}
-    written = {k: json.dumps(v) for k,v in {'about': about, 'learned': list(meta.learned()), 'order': list(meta.named()), **notes}.items()}
+    notes = {'about': about, 'learned': list(meta.learned()), 'order': list(meta.named()), **notes}
+    written = {k: json.dumps(v) for k,v in notes.items()}
     data = save(tensors, {**written, 'digest': digest(tensors, written)})
     write_safely(Path(path), lambda draft: draft.write_bytes(data))
 
-beside = 'adam', 'average', 'adapted' # groups that a file may hold beside meta-parameters: of runs and of fitted classifiers
+beside = 'adam', 'average', 'adapted' # other groups of a file: of runs and of fitted classifiers
 
 # %% ../nbs/02_maml.ipynb #a2b0c00a
 def read_checkpoint(
@@ -697,7 +709,7 @@ def evaluate(
     n_tasks:int=600, # episodes 0 ... n_tasks-1
     n_steps:int=5, # inner steps, free to differ from training
     portion:int=4, # tasks at a time; changes speed and memory, not results
-    predict:abc.Callable[[Weights,Episodes],Tensor]|None=None, # (weights, episodes) -> target outputs; None: `forward`, all targets of a task together
+    predict:abc.Callable[[Weights,Episodes],Tensor]|None=None, # target outputs; None: `forward`, all targets together
     adapt:abc.Callable[...,abc.Iterator[Weights]]=inner_loop, # the inner loop, or what stands for it
     tick:abc.Callable[[int],None]=lambda n: None, # told how many more tasks are graded
     score:Graded=task_accuracies, # what is reported

@@ -26,8 +26,10 @@ def find_object(
     if not is_object_name(name): raise ValueError(f'{name!r} is not of the form package.module:name or file.py:name')
     found = _module(module, name)
     if hasattr(found, attribute): return getattr(found, attribute)
-    there = [k for k,v in vars(found).items() if not k.startswith('_') and getattr(v, '__module__', None) == found.__name__]
-    raise ValueError(f"{name!r}: there is no {attribute!r} in {module}; it has {', '.join(there) or 'nothing of its own'}")
+    def is_own(k, v): return not k.startswith('_') and getattr(v, '__module__', None) == found.__name__
+    there = [k for k,v in vars(found).items() if is_own(k, v)]
+    has = ', '.join(there) or 'nothing of its own'
+    raise ValueError(f'{name!r}: there is no {attribute!r} in {module}; it has {has}')
 
 def absolute_name(
     name:str, # of the form file.py:name or package.module:name
@@ -69,4 +71,5 @@ def find_part(
     "A part of the package by its name, or one of your own"
     if name in table: return table[name]
     if is_object_name(name): return find_object(name)
-    raise ValueError(f"no {kind} {name!r}; choose from {', '.join(table)}, or name your own as package.module:name or file.py:name")
+    raise ValueError(f"no {kind} {name!r}; choose from {', '.join(table)}, "
+                     'or name your own as package.module:name or file.py:name')

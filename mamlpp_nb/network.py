@@ -25,7 +25,8 @@ class Conv4(nn.Module):
         seed:int=0, # of the initial weights
     ):
         super().__init__()
-        if not strided and size < 16: raise ValueError(f'four poolings by 2 leave nothing of a {size}x{size} image; 16 is the least')
+        if not strided and size < 16:
+            raise ValueError(f'four poolings by 2 leave nothing of a {size}x{size} image; 16 is the least')
         self.strided = strided
         for i in range(4):
             conv = nn.Conv2d(filters if i else channels, filters, 3, stride=2 if strided else 1, padding=1)
@@ -34,7 +35,9 @@ class Conv4(nn.Module):
         self.head = nn.Linear(filters if strided else filters*(size//16)**2, n_way)
         g = torch.Generator().manual_seed(seed)
         for layer in self.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)): nn.init.xavier_uniform_(layer.weight, generator=g); nn.init.zeros_(layer.bias)
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(layer.weight, generator=g)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x:Tensor)->Tensor: # (images, channels, height, width) -> logits (images, way)
         for i in range(4):
@@ -139,7 +142,8 @@ def task_batched(
 )->TaskBatched: # (weights, images) -> outputs, all three with a leading task axis
     "The network as a function of the weights of a batch of tasks and their images"
     if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ValueError(f'{type(net).__name__} spreads images over devices; give its .module, and let processes share the tasks (torchrun)')
+        raise ValueError(f'{type(net).__name__} spreads images over devices; give its .module, '
+                         'and let processes share the tasks (torchrun)')
     for name,layer in net.named_modules():
         if getattr(layer, 'track_running_stats', False) and layer.training:
             raise ValueError(f'layer {name!r} would collect running statistics over tasks that must not meet; '

@@ -33,7 +33,8 @@ def has_batch_norm(net:nn.Module)->bool: # then a prediction depends on what it 
     "Does a network have layers of batch norm?"
     return bool(_norm_layers(net))
 
-Look = abc.Callable[[Weights,Tensor],tuple[Tensor,Weights]] # (weights, images) -> (logits, what was seen), all with a task axis
+# (weights, images) -> (logits, what was seen), all with a task axis
+Look = abc.Callable[[Weights,Tensor],tuple[Tensor,Weights]]
 
 def watch_norms(
     net:nn.Module, # any network with batch norm that doesn't track statistics itself
@@ -86,7 +87,7 @@ def gather_statistics(
     return meta._replace(per_step={**meta.per_step, **means})
 
 # %% ../nbs/05_per_step_norm.ipynb #00000018
-Predict = abc.Callable[[Weights,Episodes],Tensor] # (weights of all tasks, episodes) -> target logits (tasks, targets, way)
+Predict = abc.Callable[[Weights,Episodes],Tensor] # (weights of all tasks, episodes) -> (tasks, targets, way), logits
 
 def _by_targets(net:nn.Module)->Predict:
     forward = task_batched(net)

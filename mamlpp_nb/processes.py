@@ -71,6 +71,7 @@ def shared_gradient(
         weight = len(own)/len(episodes)
         own = own or range(1) # more processes than tasks: compute one that counts nothing, to know the shapes
         loss, accuracy, gradients = gradient(forward, meta, episodes[own.start:own.stop], **arguments)
-        loss, accuracy, *sums = sum_over(world, [weight*t for t in (loss, accuracy.to(loss.dtype), *gradients.values())])
+        parts = [weight*t for t in (loss, accuracy.to(loss.dtype), *gradients.values())]
+        loss, accuracy, *sums = sum_over(world, parts)
         return loss, accuracy, dict(zip(gradients, sums))
     return reduced
