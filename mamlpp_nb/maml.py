@@ -249,7 +249,8 @@ def inner_loop(
         moved = {k: fast[k] if second_order else fast[k].detach().requires_grad_() for k in meta.step_sizes}
         with torch.enable_grad(): # also when the caller, an evaluation, wants no graph
             support_loss = loss(forward(at_step(meta, {**fast, **moved}, i), x), y).sum()
-            found = torch.autograd.grad(support_loss, list(moved.values()), create_graph=second_order, materialize_grads=True)
+            found = torch.autograd.grad(support_loss, list(moved.values()), create_graph=second_order,
+                                        materialize_grads=True)
         after, state = update({k: fast[k] for k in moved}, dict(zip(moved, found)), meta, i, state)
         fast = {**fast, **after}
         yield fast
