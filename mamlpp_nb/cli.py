@@ -7,7 +7,7 @@ __all__ = ['commands', 'train_preset', 'test_table', 'evaluate_run', 'runs', 'sh
            'main']
 
 # %% ../nbs/a2_command_line.ipynb #7cc9d0a7
-import argparse, collections.abc as abc, dataclasses, hashlib, json as jsons, math, re, sys
+import argparse, collections.abc as abc, dataclasses, hashlib, json as jsons, math, os, re, sys
 from pathlib import Path
 import torch.distributed
 from fastcore.docments import docments
@@ -293,6 +293,11 @@ def _stopped(text:str, code:int)->int:
     print(text, file=sys.stderr)
     return code
 
+def _nobody_reads(name:str)->int: # as in `mamlpp train ... | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python complains once more at its end
+    return _stopped(f'mamlpp {name}: nobody reads the output any more; what was kept before is whole, '
+                    'and the same command goes on', 141)
+
 def _options(name:str, words:list[str])->dict: # of a command's function
     options = vars(command_parser(name).parse_args(list(map(_underscored, words))))
     for unused in ('pdb', 'xtra'): options.pop(unused, None) # fastcore's own
@@ -322,6 +327,7 @@ def main(
     except KeyboardInterrupt: return _stopped(f'\nmamlpp {name}: interrupted', 130)
     except ValueError as e: return _stopped(f'mamlpp {name}: {e}', 2)
     except Diverged as e: return _stopped(f'mamlpp {name}: {e}', 4)
+    except BrokenPipeError: return _nobody_reads(name)
     except OSError as e: return _stopped(f'mamlpp {name}: {e}', 1)
 
 # %% ../nbs/a2_command_line.ipynb #00000008

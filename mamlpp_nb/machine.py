@@ -50,9 +50,12 @@ def pick_device(
 )->str:
     "A CUDA device where there is one and 'auto' was asked for, else the one that was named"
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name.startswith('mps'):
+        raise ValueError("no device 'mps': some sums here are in float64, which Apple's GPUs don't have; try auto or cpu")
     try: torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'no device {name!r} here ({str(e).splitlines()[0]}); try auto or cpu') from e
+        reason = re.split(r'\. |\.$', str(e).splitlines()[0])[0]
+        raise ValueError(f'no device {name!r} here ({reason}); try auto or cpu') from e
     if name.startswith('cuda'): use_float32()
     if name.startswith('cuda:'): torch.cuda.set_device(name)
     return name

@@ -75,3 +75,20 @@ def test_quickstart_by_outer_steps_does_the_same_twice(tmp_path, monkeypatch):
     assert a['iterations'] == 2 and a['config']['method'] == 'maml+lslr+da' and a['config']['seed'] == 3
     for key in ('loss', 'accuracy', 'tests', 'step_sizes', 'epoch', 'gradient_norm'): assert a[key] == b[key]
     assert a['tests'].keys() == {'targets', 'support'} and len(a['step_sizes']['head.weight']) == 5
+
+
+def test_output_that_nobody_reads_ends_the_program_quietly(tmp_path):
+    words = ['train', 'omniglot-5w1s', '--data', 'glyphs', '--out', str(tmp_path / 'run'), '--epochs', '50', '--iterations', '2', '--validation_tasks', '2',
+             '--test_tasks', '2', '--filters', '2', '--n_tasks', '1', '--n_steps', '1', '--keep', '1', '--device', 'cpu']
+    process = subprocess.Popen([sys.executable, '-m', 'mamlpp_nb.cli', *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close() # as `head -1` does
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 141 and 'nobody reads the output' in errors and 'Traceback' not in errors and 'make room' not in errors
+
+
+@pytest.mark.parametrize('device', ['mps', 'cuda:99', 'toaster'])
+def test_a_device_that_is_not_there_is_refused_in_a_line(capsys, device):
+    assert main(['quickstart', '--data', 'glyphs', '--device', device]) == 2
+    said = capsys.readouterr().err.strip()
+    assert 'no device' in said and '\n' not in said and len(said) < 300
