@@ -20,7 +20,7 @@ from .machine import pick_device, processor, provenance
 from .progress import Plan, tell
 from .files import cache_folder, data_root, write_safely
 from .tasks import ClassImages, EpisodeSampler, characters, plot_episode
-from .maml import Evaluation, MetaParameters, Progress, at_step, inner_loop, load_meta, recent, train
+from .maml import Evaluation, MetaParameters, Progress, at_step, inner_loop, recent, train
 from .per_step_norm import gather_statistics, predict_targets
 from .mamlpp import Method, Phase, find_method, method_loop, methods, parts, phases
 from .evaluation import step_logits
