@@ -6,16 +6,17 @@
 import pytest
 import torch
 
-from mamlpp_nb.bench import Workload, outer_step, ways
+from mamlpp_nb.bench import outer_step, ways
 from mamlpp_nb.classifier import FewShotClassifier
 from mamlpp_nb.maml import evaluate, keep_freed_memory, maml_parameters
 from mamlpp_nb.network import Conv4, task_batched
 from mamlpp_nb.machine import pick_device
 from mamlpp_nb.speed import conv4_calculus
 from mamlpp_nb.tasks import EpisodeSampler, glyphs
+from mamlpp_nb.training import configure
 
 keep_freed_memory()
-five = Workload(5, 1, 1, 28, 32, 4) # 5-way 1-shot, 32 filters, 4 tasks
+five = configure('omniglot-5w1s', filters=32, n_tasks=4)
 
 
 @pytest.mark.parametrize('way', ways)

@@ -62,8 +62,8 @@ def _preset_for(settings:dict)->str: # of own images, by their colours
 # %% ../nbs/a2_command_line.ipynb #e279f2df
 def train_preset(
     preset:Param('settings to begin with: omniglot-20w1s, -20w5s, -5w1s, -5w5s, mini-imagenet-5w1s, -5w5s as the '
-                 'published code has them; with -paper as the paper has them; grey-images-5w1s, -5w5s, '
-                 'colour-images-5w1s, -5w5s for --data PATH, where it may be left out', str, opt=False, nargs='?')='',
+                 'published code has them; with -paper as the paper has them; quickstart; grey-images-5w1s, '
+                 '-5w5s, colour-images-5w1s, -5w5s for --data PATH, where it may be left out', str, opt=False, nargs='?')='',
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one
     out:str='', # folder of the run; empty: runs/ and a name made from the settings. A run that is there goes on
     seeds:Param('several seeds to train at once, as in 0 1 2; each gets a folder (with --out: seed0, seed1 ... in it)',

@@ -16,11 +16,9 @@ from .machine import pick_device
 from .files import write_safely
 from .tasks import load_data
 from .maml import Diverged, save_meta
-from .network import Conv4
-from .mamlpp import find_method, loss_parts
-from .speed import operations
+from .mamlpp import find_method, phases
 from .processes import World
-from .training import Config, configure, exit_codes, load_models, read_run, set_up, train_and_test
+from .training import Config, configure, exit_codes, load_models, read_run, set_up, step_operations, train_and_test
 
 # %% ../nbs/a5_reproduce.ipynb #00000006
 class Row(NamedTuple):
@@ -86,19 +84,10 @@ tables['mini-imagenet'] |= _rows('mini-imagenet-5w1s', _both, '-unclamped', clam
 # %% ../nbs/a5_reproduce.ipynb #94890d58
 def run_operations(
     config:Config, # a run's settings
-    channels:int, # of its images
-    size:int, # height and width of its images, in pixels
 )->int: # multiplications and additions
     "What the outer steps of a whole run must compute"
-    net = Conv4(config.n_way, channels, size, config.filters, strided=config.strided)
-    n_support = config.n_way*config.k_shot
-    n_target = config.n_way*config.n_target
-    def of(epoch):
-        parts = loss_parts(find_method(config.method), config.schedule, epoch, config.n_steps)
-        graded = 1 if parts['loss_weights'] is None else sum(map(bool, parts['loss_weights']))
-        return operations(net, size, n_support, n_target, n_tasks=config.n_tasks, n_steps=config.n_steps,
-                          n_graded=graded, second_order=parts['second_order'])
-    return config.iterations*sum(map(of, range(config.epochs)))
+    found = phases(find_method(config.method), config.schedule, config.n_steps)
+    return config.iterations*sum(phase.n_epochs*step_operations(config, phase.first) for phase in found)
 
 # %% ../nbs/a5_reproduce.ipynb #00000009
 _number, _text, _table = {'type': 'number'}, {'type': 'string'}, {'type': 'object'}

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['presets', 'networks', 'imagenet_colours', 'objectives', 'optimizers', 'default_norms', 'Log', 'exit_codes', 'Config',
-           'configure', 'only_named', 'build_network', 'Objective', 'minus', 'find_objective', 'load_splits',
-           'split_record', 'as_kept', 'changed_classes', 'read_split', 'run_splits', 'deals', 'Setup', 'set_up',
-           'adapting', 'epoch_parts', 'state_tensors', 'first_state', 'save_state', 'load_state', 'open_run',
-           'read_config', 'about_model', 'keep_state', 'newest_state', 'read_metrics', 'best_epochs', 'best_file',
-           'portion_of', 'noted_signals', 'Reporter', 'run_phases', 'recent_steps', 'said_score', 'csv_log',
-           'epoch_numbers', 'TensorBoardLog', 'validation_pace', 'test_pace', 'useful_norms', 'outer_steps', 'advance',
-           'train_runs', 'train_run', 'task_by_task', 'load_models', 'model_files', 'how_unfinished', 'test_run',
-           'train_and_test', 'replay', 'read_run', 'plot_run']
+           'configure', 'only_named', 'build_network', 'image_shape', 'step_operations', 'Objective', 'minus',
+           'find_objective', 'load_splits', 'split_record', 'as_kept', 'changed_classes', 'read_split', 'run_splits',
+           'deals', 'Setup', 'set_up', 'adapting', 'epoch_parts', 'state_tensors', 'first_state', 'save_state',
+           'load_state', 'open_run', 'read_config', 'about_model', 'keep_state', 'newest_state', 'read_metrics',
+           'best_epochs', 'best_file', 'portion_of', 'noted_signals', 'Reporter', 'run_phases', 'recent_steps',
+           'said_score', 'csv_log', 'epoch_numbers', 'TensorBoardLog', 'validation_pace', 'test_pace', 'useful_norms',
+           'outer_steps', 'advance', 'train_runs', 'train_run', 'task_by_task', 'load_models', 'model_files',
+           'how_unfinished', 'test_run', 'train_and_test', 'replay', 'read_run', 'plot_run']
 
 # %% ../nbs/08_training.ipynb #00000003
 import collections.abc as abc, contextlib, dataclasses, hashlib, inspect, json, math, os, signal, threading, time
@@ -123,7 +123,11 @@ def _of_own_images(c:Config)->Config: # which want data
 _own = {f'{colour}-images-5w{shot}s': _of_own_images(_published[f'{like}-5w{shot}s'])
         for colour,like in (('grey','omniglot'), ('colour','mini-imagenet')) for shot in (1,5)}
 
-presets = {**_published, **{f'{name}-paper': _as_in_the_paper(c) for name,c in _published.items()}, **_own}
+_quick = Config(n_way=5, n_target=5, filters=32, n_tasks=2, epochs=30, iterations=33, multi_step_epochs=2,
+                first_order_epochs=15, outer_lr=2e-3, last_outer_lr=2e-5, validation_tasks=100, test_tasks=200)
+
+presets = {**_published, **{f'{name}-paper': _as_in_the_paper(c) for name,c in _published.items()}, **_own,
+           'quickstart': _quick}
 
 def configure(
     preset:str, # a key of `presets`
@@ -174,6 +178,31 @@ def _with_pixels(net:nn.Module, config:Config, device:str)->nn.Module: # as the 
     mean, std = (torch.tensor(t, device=device)[:,None,None] for t in imagenet_colours)
     net.register_forward_pre_hook(lambda net, inputs: ((inputs[0].to(next(net.parameters()).dtype) - mean)/std,))
     return net
+
+# %% ../nbs/08_training.ipynb #c10e0801
+_shapes = {'omniglot': (1,28), 'glyphs': (1,28), 'mini-imagenet': (3,84)} # channels; height and width in pixels
+
+def image_shape(
+    config:Config, # the settings
+)->tuple[int,int]: # channels; height and width in pixels
+    "The shape of a known data set's images; `image_size`, unless it is 0, overrides the size"
+    if config.data not in _shapes:
+        raise ValueError(f"only the images say what shape {config.data!r} has; known are {', '.join(_shapes)}")
+    channels, size = _shapes[config.data]
+    return channels, config.image_size or size
+
+def step_operations(
+    config:Config, # the settings
+    epoch:int=0, # from 0: what a step computes may change
+)->int: # multiplications and additions
+    "What an outer step must compute at the least"
+    channels, size = image_shape(config)
+    net = Conv4(config.n_way, channels, size, config.filters, strided=config.strided)
+    parts = loss_parts(find_method(config.method), config.schedule, epoch, config.n_steps)
+    graded = 1 if parts['loss_weights'] is None else sum(map(bool, parts['loss_weights']))
+    n_support, n_target = config.n_way*config.k_shot, config.n_way*config.n_target
+    return operations(net, size, n_support, n_target, n_tasks=config.n_tasks, n_steps=config.n_steps,
+                      n_graded=graded, second_order=parts['second_order'])
 
 # %% ../nbs/08_training.ipynb #a8b0c002
 class Objective(NamedTuple):

@@ -1,5 +1,4 @@
 "The program as a shell sees it."
-import functools
 import json
 import os
 import subprocess
@@ -9,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mamlpp_nb import quickstart
 from mamlpp_nb.cli import main
 from mamlpp_nb.maml import load_meta
+from mamlpp_nb.training import configure, presets
 
 
 def mamlpp(*words, cwd=None, **env):
@@ -53,21 +52,21 @@ def test_missing_data_exits_with_1(tmp_path):
 
 
 def test_quickstart_from_start_to_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quickstart, 'QuickConfig', functools.partial(quickstart.QuickConfig, filters=16, test_tasks=40))
+    monkeypatch.setitem(presets, 'quickstart', configure('quickstart', filters=16, test_tasks=40))
     monkeypatch.chdir(tmp_path)
     assert main(['quickstart', '--data', 'glyphs', '--minutes', '.02', '--json', '--out', 'here', '--device', 'cpu']) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last['data'] == 'glyphs' and last['method'] == 'mamlpp' and last['iterations'] == last['planned'] >= 30 and last['seconds'] > 0
     assert 0 < last['accuracy_before'] < .4 < last['accuracy'] <= 1 and 0 < last['ci95'] < .1
     meta, about = load_meta(tmp_path / last['checkpoint'])
-    assert about['data'] == 'glyphs' and about['iterations'] == last['iterations'] and 'conv0.weight' in meta.start
+    assert about['config']['data'] == 'glyphs' and about['iterations'] == last['iterations'] and 'conv0.weight' in meta.start
     assert Image.open(tmp_path / last['figure']).size[0] > 300
     record = json.loads((tmp_path / 'here/record.json').read_text())
     assert record['accuracy'][-1] == last['accuracy'] and len(record['loss']) == last['iterations'] and record['commit']
 
 
 def test_quickstart_by_outer_steps_does_the_same_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart, 'QuickConfig', functools.partial(quickstart.QuickConfig, filters=8, test_tasks=20))
+    monkeypatch.setitem(presets, 'quickstart', configure('quickstart', filters=8, test_tasks=20))
     monkeypatch.chdir(tmp_path)
     for name in ('a', 'b'):
         assert main(['quickstart', '--data', 'glyphs', '--method', 'maml+lslr+da', '--iterations', '2', '--seed', '3', '--out', name, '--device', 'cpu']) == 0

@@ -10,11 +10,13 @@ import torch
 from mamlpp_nb import quickstart as page
 from mamlpp_nb.classifier import read_pretrained
 from mamlpp_nb.cli import main
+from mamlpp_nb.diagnostics import recorded_settings
 from mamlpp_nb.maml import load_meta
 from mamlpp_nb.mamlpp import Schedule, find_method, phases
-from mamlpp_nb.quickstart import QuickConfig, affordable, assemble, epoch_at, pace, run_quickstart, stretches
+from mamlpp_nb.quickstart import affordable, assemble, epoch_at, pace, run_quickstart, stretches
+from mamlpp_nb.training import Config, configure, presets, read_metrics
 
-small = QuickConfig('glyphs', n_way=3, filters=4, n_target=1, n_steps=2, n_tasks=1, test_tasks=4)
+small = configure('quickstart', data='glyphs', n_way=3, filters=4, n_target=1, n_steps=2, n_tasks=1, test_tasks=4)
 
 
 def quiet(text): pass
@@ -103,7 +105,7 @@ def test_ctrl_c_ends_with_the_weights_so_far_tested_and_kept(few, tmp_path, monk
         return taken(loop, meta, n, checkpoint, about, history, seen, stop)
     monkeypatch.setattr(page, 'train', interrupted)
     monkeypatch.setattr(page, 'characters', lambda name: ('glyphs', few))
-    monkeypatch.setattr(page, 'QuickConfig', lambda data, method, seed: dataclasses.replace(small, method=method, seed=seed))
+    monkeypatch.setitem(presets, 'quickstart', small)
     assert main(['quickstart', '--data', 'glyphs', '--iterations', '40', '--out', str(tmp_path / 'q'), '--device', 'cpu']) == 130
     said = capsys.readouterr().out
     record = json.loads((tmp_path / 'q/record.json').read_text())
@@ -131,3 +133,39 @@ def test_nothing_is_compiled(few, tmp_path, monkeypatch):
     monkeypatch.setattr('mamlpp_nb.speed._Fused.__call__', lambda self, *arguments: pytest.fail('a quickstart waits for no compiler'))
     assert run_quickstart(small, few, 'cpu', tmp_path, 3, say=quiet)['iterations'] == 3
 
+
+
+# --- one configuration
+
+def test_the_preset_has_the_settings_the_committed_records_were_made_with():
+    made_with = {'data': 'omniglot', 'method': 'mamlpp', 'n_way': 5, 'k_shot': 1, 'n_target': 5, 'filters': 32, 'strided': False, 'n_steps': 5, 'inner_lr': .1, 'n_tasks': 2,
+                 'epochs': 30, 'iterations': 33, 'multi_step_epochs': 2, 'first_order_epochs': 15, 'outer_lr': 2e-3, 'last_outer_lr': 2e-5, 'test_tasks': 200, 'test_targets': 1,
+                 'rotate': True, 'seed': 0}
+    assert dataclasses.asdict(presets['quickstart']).items() >= made_with.items()
+
+
+def test_a_record_and_a_model_say_the_settings_and_the_outer_steps_of_an_epoch(few, tmp_path):
+    record = run_quickstart(small, few, 'cpu', tmp_path, 60, say=quiet)
+    planned = dataclasses.replace(small, iterations=2)
+    assert Config(**record['config']) == planned == Config(**recorded_settings(json.loads((tmp_path / 'record.json').read_text())))
+    assert read_pretrained(tmp_path).config == planned
+
+
+@pytest.mark.parametrize('setting', [{'clamp': 1.}, {'average': .5}, {'beta2': .9}, {'dropout': True}, {'loss': 'squared error'}])
+def test_a_setting_that_a_quickstart_does_not_read_is_refused(few, setting):
+    with pytest.raises(ValueError, match=f'no setting {next(iter(setting))}'): assemble(dataclasses.replace(small, **setting), few)
+
+
+@pytest.mark.parametrize('tests', [('support',), ('targets', 'nobody'), ()])
+def test_ways_to_normalise_are_checked_before_anything_runs(few, tmp_path, tests):
+    with pytest.raises(ValueError, match="tests are 'targets' and others of"): run_quickstart(small, few, 'cpu', tmp_path, 3, say=quiet, tests=tests)
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_by_the_preset_makes_the_steps_of_the_command(few, tmp_path, monkeypatch):
+    monkeypatch.setitem(presets, 'quickstart', dataclasses.replace(small, data='omniglot', epochs=6, iterations=2, first_order_epochs=3, validation_tasks=2, keep=1))
+    monkeypatch.setattr('mamlpp_nb.training.load_data', lambda name: few)
+    assert main(['train', 'quickstart', '--data', 'glyphs', '--out', str(tmp_path / 'run'), '--device', 'cpu']) == 0
+    record = run_quickstart(configure('quickstart', data='glyphs'), few, 'cpu', tmp_path, 12, say=quiet)
+    means = [sum(record['loss'][i:i + 2]) / 2 for i in range(0, 12, 2)]
+    assert [m['loss'] for m in read_metrics(tmp_path / 'run')] == pytest.approx(means, rel=1e-5)
