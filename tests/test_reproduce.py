@@ -13,7 +13,7 @@ from conftest import tiny_run
 from mamlpp_nb import reproduce as module
 from mamlpp_nb.cli import main
 from mamlpp_nb.maml import load_meta
-from mamlpp_nb.training import Config
+from mamlpp_nb.training import Config, epoch_parts, first_state, outer_steps, set_up
 from mamlpp_nb.reproduce import Row, chosen_rows, over_seeds, read_records, record_schema, reproduce, results_table, seed_list, tables
 
 here = Path(__file__).parent
@@ -151,3 +151,17 @@ def test_the_pages_show_what_the_records_say(page):
         for who in ('single', 'ensemble'):
             mean, spread, n = over_seeds(found, 'targets', who)
             assert n == 3 and re.search(rf'{mean:.2f} ± {spread:.2f}', shown), f'{page} does not show {row}, {who}'
+
+
+first_losses = json.loads((here.parent / 'nbs/results/first_losses.json').read_text())['rows']
+
+
+@pytest.mark.parametrize('name', first_losses)
+def test_runs_begin_as_they_always_did(real, name):
+    "The rows' first outer steps, with real characters: what earlier versions of the loops computed"
+    table, row = name.split('/')
+    config = dataclasses.replace(tables[table][row].config, seed=0)
+    setup = set_up(config, real, compiled=False)
+    steps = outer_steps(config, [(setup, first_state(config, setup))])
+    found = steps.run(0, 3, config.outer_lr, **epoch_parts(config, 0))[:, 0, 0].tolist()
+    assert found == pytest.approx(first_losses[name], rel=1e-4)
