@@ -315,3 +315,20 @@ def test_a_model_of_ones_own_network_adapts_to_pictures(drawn, tmp_path):
         assert (pickle.loads(pickle.dumps(fitted)).predict_proba(x) == proba).all()
         exported = torch.export.export(fitted.module(), (x.float()/255,)).module()
         assert exported(x.float()/255).allclose(torch.from_numpy(proba), atol=1e-5)
+
+
+@pytest.mark.parametrize('words, norms', [
+    (['--data', f'{own_file}:sine_waves', '--network', f'{own_file}:curve', '--loss', 'squared error', '--inner-lr', '.01'], {'targets'}),
+    (['--data', f'{own_file}:fake_pictures', '--n_way', '3', '--rotate', 'false', '--method', f'{own_file}:bounded'], {'targets', 'support', 'running'})])
+def test_a_user_never_leaves_the_command_line(tmp_path, capsys, words, norms):
+    from mamlpp_nb.cli import main
+    sizes = '--filters 4 --n_steps 2 --n_tasks 2 --epochs 2 --iterations 2 --validation_tasks 3 --test_tasks 3 --keep 1 --device cpu --csv'.split()
+    all_words = ['train', 'omniglot-5w1s', *words, *sizes, '--out', str(tmp_path / 'run')]
+    assert main([*all_words, '--minutes', '1e-9']) == 3 and main(all_words) == 0
+    assert set(read_run(tmp_path / 'run')['test']['norms']) == norms
+    for command in (['evaluate', '--tasks', '3', '--device', 'cpu'], ['show'], ['replay', '--iteration', '3']): assert main([command[0], str(tmp_path / 'run'), *command[1:]]) == 0
+    assert main(['runs', '--folder', str(tmp_path)]) == 0 and (tmp_path / 'run/metrics.csv').exists()
+    said = capsys.readouterr().out
+    assert (' %' in said.split('targets normalised by')[1].splitlines()[1]) == ('squared error' not in words)
+    again = next(r for r in read_metrics(tmp_path / 'run') if r['epoch'] == 1)['losses'][1]
+    assert f'loss {again:.6f}, on record {again:.6f}' in said
