@@ -26,7 +26,8 @@ from .mamlpp import Method, Phase, Schedule, find_method, method_loop, method_pa
 from .mamlpp import phases
 from .speed import fast_gradient, fast_predicts
 from .evaluation import step_logits
-from .training import Config, noted_signals
+from .config import Config
+from .training import noted_signals
 
 # %% ../nbs/a0_quickstart.ipynb #00000006
 @dataclasses.dataclass(frozen=True)

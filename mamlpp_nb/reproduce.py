@@ -20,7 +20,9 @@ from .network import Conv4
 from .mamlpp import find_method, loss_parts
 from .speed import operations
 from .processes import World
-from .training import Config, configure, exit_codes, load_models, read_run, set_up, train_and_test
+from .config import Config, configure, set_up
+from .runs import load_models, read_run
+from .training import exit_codes, train_and_test
 
 # %% ../nbs/a5_reproduce.ipynb #00000006
 class Row(NamedTuple):
