@@ -13,7 +13,7 @@ from mamlpp_nb.network import Conv4, task_batched
 from mamlpp_nb.machine import pick_device
 from mamlpp_nb.speed import conv4_calculus
 from mamlpp_nb.tasks import EpisodeSampler, glyphs
-from mamlpp_nb.training import configure
+from mamlpp_nb.config import configure
 
 keep_freed_memory()
 five = configure('omniglot-5w1s', filters=32, n_tasks=4)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from .machine import peak_memory, pick_device, processor, provenance
-from .progress import Plan, tell
+from .progress import Plan, seconds_of, tell
 from .files import cache_folder, write_safely
 from .tasks import ClassImages, EpisodeSampler
 from .network import Conv4, task_batched
@@ -24,7 +24,7 @@ from .multi_step import naive_graded_loss
 from .mamlpp import find_method, loss_parts, method_parameters
 from .speed import adjoint_gradient, all_at_once, autograd_calculus, conv4_calculus, fast_gradient
 from .speed import fused_adam, replay_on
-from .training import Config, configure, image_shape, step_operations
+from .config import Config, configure, image_shape, step_operations
 
 # %% ../nbs/a1_benchmark.ipynb #00000005
 _plain = {'normalise': False, 'clamp': 0., 'inner_lr': .1} # noise has no colours; any step size takes as long
@@ -137,16 +137,11 @@ def peak_gb(
     return float(done.stdout)
 
 # %% ../nbs/a1_benchmark.ipynb #8241ea19
-def _lap(step)->float: # seconds
-    start = time.perf_counter()
-    step()
-    return time.perf_counter()-start
-
 def _best(f:abc.Callable[[],object], device:str, repeats:int=5)->float: # seconds
     def finished():
         f()
         if device.startswith('cuda'): torch.cuda.synchronize()
-    laps = [_lap(finished) for _ in range(repeats+1)]
+    laps = [seconds_of(finished) for _ in range(repeats+1)]
     return min(laps[1:])
 
 # %% ../nbs/a1_benchmark.ipynb #8c1d0c03
@@ -184,11 +179,11 @@ def busy(
     if device.startswith('cuda'):
         os.environ.setdefault('TEARDOWN_CUPTI', '0') # torch's advice where graphs are profiled
         with profile(activities=[ProfilerActivity.CUDA]): step() # the profiler itself needs a start
-        with profile(activities=[ProfilerActivity.CUDA]) as p: seconds = _lap(step)
+        with profile(activities=[ProfilerActivity.CUDA]) as p: seconds = seconds_of(step)
         kernels = [e for e in p.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
         return sum(e.self_device_time_total for e in kernels)/1e6/seconds
     used = time.process_time()
-    seconds = _lap(step)
+    seconds = seconds_of(step)
     return (time.process_time()-used)/seconds/torch.get_num_threads()
 
 # %% ../nbs/a1_benchmark.ipynb #00000009
@@ -207,8 +202,8 @@ def measure(
     steps = {way: outer_step(workload, way, device) for way in chosen}
     if any(ways[way].gradient is _fast for way in chosen): say(f'{name}: compiling, minutes the first time')
     plan = Plan(say)
-    first = {way: _lap(steps[way]) for way in chosen}
-    again = {way: _lap(steps[way]) for way in chosen} # the first has compiled
+    first = {way: seconds_of(steps[way]) for way in chosen}
+    again = {way: seconds_of(steps[way]) for way in chosen} # the first has compiled
     plan.add(name, rounds, 'rounds', sum(again.values()))
     plan.announce(processor() if device == 'cpu' else device)
     tries = []
@@ -235,7 +230,7 @@ def _rounds(steps, rounds, plan, name)->dict[str,list[float]]: # laps of each wa
     laps = {way: [] for way in steps}
     with plan.doing(name) as tick:
         for _ in range(rounds):
-            for way,step in steps.items(): laps[way].append(_lap(step))
+            for way,step in steps.items(): laps[way].append(seconds_of(step))
             tick()
     return laps
 

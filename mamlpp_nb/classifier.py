@@ -26,8 +26,8 @@ from .network import Weights, task_batched
 from .maml import MetaParameters, at_step, head_layer, load_meta, save_meta
 from .per_step_norm import gather_statistics, statistics_among, target_norms
 from .speed import fast_inner_loop, fast_statistics
-from .training import Config, adapting, build_network, how_unfinished, imagenet_colours, model_files
-from .training import read_config, set_up
+from .config import Config, adapting, build_network, imagenet_colours, set_up
+from .runs import how_unfinished, model_files, read_config
 
 # %% ../nbs/10_your_images.ipynb #11ce4be2
 _overshoot, _mean_overshoot = .45, .08 # of the range: what bicubic enlarging does at worst, to a pixel and on average

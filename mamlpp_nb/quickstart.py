@@ -24,7 +24,8 @@ from .maml import Evaluation, MetaParameters, Progress, at_step, inner_loop, rec
 from .per_step_norm import gather_statistics, predict_targets
 from .mamlpp import Method, Phase, find_method, method_loop, methods, parts, phases
 from .evaluation import step_logits
-from .training import Config, configure, noted_signals, set_up
+from .config import Config, configure, set_up
+from .training import noted_signals
 
 # %% ../nbs/a0_quickstart.ipynb #00000006
 quick_steps = 1000 # outer steps, unless others are asked for

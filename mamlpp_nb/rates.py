@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt, numpy as np, torch
 from torch import Tensor
 from .maml import MetaParameters
 from .step_sizes import plot_step_sizes
-from .training import best_epochs
+from .runs import best_epochs
 
 # %% ../nbs/13_learned_rates.ipynb #00000006
 class RateChart(NamedTuple):

@@ -18,7 +18,9 @@ from .tasks import load_data
 from .maml import Diverged, save_meta
 from .mamlpp import find_method, phases
 from .processes import World
-from .training import Config, configure, exit_codes, load_models, read_run, set_up, step_operations, train_and_test
+from .config import Config, configure, set_up, step_operations
+from .runs import load_models, read_run
+from .training import exit_codes, train_and_test
 
 # %% ../nbs/a5_reproduce.ipynb #00000006
 class Row(NamedTuple):

@@ -504,7 +504,7 @@ def _conv4_predict(net, compiled): # (weights, images ready for the passes, stat
 def fast_predicts(
     net:nn.Module, # any network; `Conv4` takes the fast road
     compiled:bool=False, # fuse the pass with `torch.compile`?
-)->dict[str,Predict]: # by the names in `target_norms`, for `evaluate` and `test_models`; without a graph
+)->dict[str,Predict]: # by the names in `target_norms`, for `evaluate` and `grade_models`; without a graph
     "All ways to predict targets, fast"
     if not _is_plain(net): return {norm: predict_targets(net, norm) for norm in target_norms}
     predict, portion = _conv4_predict(net, compiled), _portion(net, compiled)

@@ -3,7 +3,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from mamlpp_nb.maml import row, task_accuracies
 from mamlpp_nb.mamlpp import InnerUpdate, Method, methods, updates
-from mamlpp_nb.training import Objective
+from mamlpp_nb.config import Objective
 
 
 class Residual(nn.Module):

@@ -14,7 +14,7 @@ from PIL import Image
 from mamlpp_nb import tasks
 from mamlpp_nb.layouts import find_omniglot
 from mamlpp_nb.tasks import ClassImages, glyphs, omniglot
-from mamlpp_nb.training import Config
+from mamlpp_nb.config import Config
 
 tasks.data_sets['glyphs'] = glyphs # drawn once in a process; no cache folder is touched
 

@@ -26,10 +26,11 @@ for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.e
 import torch
 from safetensors.torch import load_file
 
-from mamlpp_nb import training
+from mamlpp_nb import runs
 from mamlpp_nb.tasks import glyphs
 from conftest import small_run, tiny_run
-from mamlpp_nb.training import read_metrics, train_run
+from mamlpp_nb.runs import read_metrics
+from mamlpp_nb.training import train_run
 
 sizes = {'tiny': tiny_run, 'small': small_run}
 
@@ -135,7 +136,7 @@ def main(folder, size, *kinds):
     faulthandler.enable()
     config, folder = sizes[size], Path(folder)
     splits = {s: d.select(range(30), s) for s, d in glyphs(n_drawings=4).items()}
-    training.provenance = functools.cache(training.provenance) # git is asked once, not by every run
+    runs.provenance = functools.cache(runs.provenance) # git is asked once, not by every run
     reference, run = folder / 'reference', folder / 'run'
     train_run(config, folder / 'warm', splits, say=lambda text: None) # imports what torch imports late, once for all
     begin = time.monotonic()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mamlpp_nb.cli import main
 from mamlpp_nb.maml import load_meta
-from mamlpp_nb.training import configure, presets
+from mamlpp_nb.config import configure, presets
 
 
 def mamlpp(*words, cwd=None, **env):

@@ -9,7 +9,7 @@ import pytest
 import mamlpp_nb
 from mamlpp_nb.diagnostics import recorded_settings
 from mamlpp_nb.quickstart import book_runs, quick_steps, run_settings, ways_tested
-from mamlpp_nb.training import configure
+from mamlpp_nb.config import configure
 
 root = Path(__file__).parent.parent
 notebooks = sorted(root.glob('nbs/*.ipynb'))

@@ -12,7 +12,9 @@ from PIL import Image
 from mamlpp_nb.classifier import FewShotClassifier, read_pretrained
 from mamlpp_nb.cli import main
 from mamlpp_nb.tasks import image_folder, load_data
-from mamlpp_nb.training import Config, first_state, load_splits, set_up, train_run
+from mamlpp_nb.config import Config, load_splits, set_up
+from mamlpp_nb.runs import first_state
+from mamlpp_nb.training import train_run
 
 
 def picture(c, i, mode='L', size=(20, 20)):
@@ -182,7 +184,7 @@ def test_a_class_that_came_after_the_run_began_is_left_out_and_said(begun, capsy
     said = capsys.readouterr().out
     assert '2 classes that came after the run began are left out: class00, class40' in said and split_of(run) == before
     assert sorted(before['train'] + before['val'] + before['test']) == [f'class{c:02d}' for c in range(1, 16)]
-    from mamlpp_nb.training import run_splits, read_config
+    from mamlpp_nb.runs import read_config, run_splits
     now = run_splits(run, read_config(run)[0], lambda text: None)
     assert {s: sorted(d.names) for s, d in now.items()} == before
 

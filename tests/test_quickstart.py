@@ -14,7 +14,8 @@ from mamlpp_nb.diagnostics import recorded_settings
 from mamlpp_nb.maml import load_meta
 from mamlpp_nb.mamlpp import Schedule, find_method, phases
 from mamlpp_nb.quickstart import affordable, assemble, epoch_at, pace, run_quickstart, stretches
-from mamlpp_nb.training import Config, configure, presets, read_metrics
+from mamlpp_nb.config import Config, configure, presets
+from mamlpp_nb.runs import read_metrics
 
 small = configure('quickstart', data='glyphs', n_way=3, filters=4, n_target=1, n_steps=2, n_tasks=1, test_tasks=4)
 

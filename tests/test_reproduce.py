@@ -13,7 +13,9 @@ from conftest import tiny_run
 from mamlpp_nb import reproduce as module
 from mamlpp_nb.cli import main
 from mamlpp_nb.maml import load_meta
-from mamlpp_nb.training import Config, epoch_parts, first_state, outer_steps, set_up
+from mamlpp_nb.config import Config, epoch_parts, set_up
+from mamlpp_nb.runs import first_state
+from mamlpp_nb.training import outer_steps
 from mamlpp_nb.reproduce import Row, chosen_rows, over_seeds, read_records, record_schema, reproduce, results_table, seed_list, tables
 
 here = Path(__file__).parent

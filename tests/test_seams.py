@@ -19,7 +19,9 @@ from mamlpp_nb.network import Conv4, is_norm, resting, task_batched
 from mamlpp_nb.per_step_norm import per_step_norm
 from mamlpp_nb.speed import fast_gradient, fast_inner_loop
 from mamlpp_nb.tasks import Episodes, EpisodeSampler
-from mamlpp_nb.training import Config, csv_log, first_state, load_state, read_metrics, read_run, set_up, train_and_test, train_run
+from mamlpp_nb.config import Config, set_up
+from mamlpp_nb.runs import first_state, load_state, read_metrics, read_run
+from mamlpp_nb.training import csv_log, train_and_test, train_run
 
 own_file = Path(__file__).parent.parent / 'nbs/own_parts.py'
 find_object(f'{own_file}:momentum') # registers its parts

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 import tape
 from conftest import small_run
 from mamlpp_nb.cli import main
-from mamlpp_nb.maml import Diverged, load_meta, maml_parameters, outer_loop
+from mamlpp_nb.maml import Damaged, Diverged, load_meta, maml_parameters, outer_loop
 from mamlpp_nb.progress import Plan
 from mamlpp_nb.tasks import EpisodeSampler
-from mamlpp_nb.training import (Config, Damaged, best_epochs, configure, first_state, load_state, newest_state, open_run, presets, read_metrics, read_run, replay, save_state,
-                                set_up, test_run as run_test, train_and_test, train_run, train_runs)
+from mamlpp_nb.config import configure, presets, set_up
+from mamlpp_nb.runs import best_epochs, first_state, load_state, newest_state, open_run, read_metrics
+from mamlpp_nb.runs import read_run, save_state
+from mamlpp_nb.training import grade_run, replay, train_and_test, train_run, train_runs
 
 here = Path(__file__).parent
 
@@ -159,7 +161,7 @@ def test_a_pickle_is_no_checkpoint(few, tmp_path):
 def test_one_folder_one_run(few, done, tmp_path):
     with pytest.raises(ValueError, match='filters 4 there, 6 asked for'): train_run(dataclasses.replace(small_run, filters=6), done, few, say=quiet)
     with open_run(tmp_path / 'run', small_run):
-        said = program('-c', f'from mamlpp_nb.training import *; from conftest import small_run; open_run({str(tmp_path / "run")!r}, small_run).__enter__()', cwd=here)
+        said = program('-c', f'from mamlpp_nb.runs import open_run; from conftest import small_run; open_run({str(tmp_path / "run")!r}, small_run).__enter__()', cwd=here)
     assert said.returncode and 'a run is going on' in said.stderr
 
 
@@ -234,16 +236,16 @@ def test_colours_are_normalised_once(few):
 # --- testing, repeating, breaking
 
 def test_any_steps_any_norm_any_relabelling(few, done):
-    plain = run_test(done, few)
+    plain = grade_run(done, few)
     assert set(plain['norms']) == {'targets', 'support', 'running'} and plain['n_tasks'] == small_run.test_tasks and plain['tasks_per_second'] > 0
     assert plain['models'] == [f'best-epoch-{e:03d}' for e in best_epochs(read_metrics(done), small_run.keep)]
-    longer = run_test(done, few, n_steps=6, norms=('targets',), n_tasks=8)
+    longer = grade_run(done, few, n_steps=6, norms=('targets',), n_tasks=8)
     assert len(longer['norms']['targets']['single']['accuracy']) == 7 and set(longer['norms']) == {'targets'}
-    again = run_test(done, few, norms=('targets',))
+    again = grade_run(done, few, norms=('targets',))
     assert again['norms']['targets'] == plain['norms']['targets']
-    with pytest.raises(ValueError, match="choose from 'val', 'test'"): run_test(done, few, split='train')
-    with pytest.raises(ValueError, match='choose from targets'): run_test(done, few, norms=('target',))
-    with pytest.raises(ValueError, match='from 1 to 3'): run_test(done, few, n_permutations=4)
+    with pytest.raises(ValueError, match="choose from 'val', 'test'"): grade_run(done, few, split='train')
+    with pytest.raises(ValueError, match='choose from targets'): grade_run(done, few, norms=('target',))
+    with pytest.raises(ValueError, match='from 1 to 3'): grade_run(done, few, n_permutations=4)
 
 
 def test_a_damaged_model_is_left_out_and_named(few, done, tmp_path):
@@ -251,7 +253,7 @@ def test_a_damaged_model_is_left_out_and_named(few, done, tmp_path):
     copy, said = Path(shutil.copytree(done, tmp_path / 'copy')), []
     worst = sorted(copy.glob('best-*.safetensors'))[-1]
     worst.write_bytes(worst.read_bytes()[:-1])
-    assert len(run_test(copy, few, norms=('targets',), say=said.append)['models']) == small_run.keep-1 and worst.name in said[0]
+    assert len(grade_run(copy, few, norms=('targets',), say=said.append)['models']) == small_run.keep-1 and worst.name in said[0]
 
 
 def test_relabelling_changes_nothing_where_the_head_treats_labels_alike(few, done):
@@ -287,13 +289,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_repeated(few, tmp_pa
 
 
 def test_evaluation_takes_few_tasks_at_a_time(few, done):
-    from mamlpp_nb.evaluation import test_models
+    from mamlpp_nb.evaluation import grade_models
     setup, asked = set_up(small_run, few), []
 
     class Spy:
         device = 'cpu'
         def __call__(self, first, n): asked.append(n); return setup.test(first, n)
-    test_models(setup.net, [setup.meta], Spy(), 21, 2, portion=5)
+    grade_models(setup.net, [setup.meta], Spy(), 21, 2, portion=5)
     assert asked == [5, 5, 5, 5, 1]
 
 
@@ -377,7 +379,7 @@ def test_a_run_long_enough_compiles_unless_told_otherwise(few):
 @pytest.mark.parametrize('compiler', ['none', pytest.param('torch.compile', marks=pytest.mark.weekly)])
 def test_a_compiled_run_goes_on_to_the_same_bits(few, tmp_path, monkeypatch, compiler):
     "Without a compiler, what is to be compiled runs as it is: the same road, at once"
-    monkeypatch.setattr('mamlpp_nb.training.worth_compiling', lambda n: True)
+    monkeypatch.setattr('mamlpp_nb.config.worth_compiling', lambda n: True)
     if compiler == 'none': monkeypatch.setattr('mamlpp_nb.speed._Fused._compiled', lambda self: lambda *arguments: self.plain(*arguments))
     said = []
     assert train_run(small_run, tmp_path / 'whole', few, say=said.append) == 'complete'
@@ -418,14 +420,14 @@ def test_a_run_stopped_at_any_moment_has_a_model(few, done, tmp_path, monkeypatc
         m.setattr(training, 'advance', lambda *arguments: (_ for _ in ()).throw(SystemExit(9)))
         with pytest.raises(SystemExit): train_run(small_run, tmp_path, few, say=quiet)
     for unfinished in ('0 of 9 outer steps, the model is untrained', '1 of 9 outer steps, no epochs finished'):
-        tested = run_test(tmp_path, few, norms=('targets',), say=said.append)
+        tested = grade_run(tmp_path, few, norms=('targets',), say=said.append)
         assert tested['models'] == ['last'] and any(f'is unfinished: {unfinished}' in s for s in said)
         assert read_pretrained(tmp_path).unfinished == unfinished
         train_run(small_run, tmp_path, few, minutes=1e-6, say=quiet) # one more step
     train_run(small_run, tmp_path, few, minutes=1e-6, say=quiet)
     train_run(small_run, tmp_path, few, minutes=1e-6, say=quiet)
     assert read_pretrained(tmp_path).unfinished == '3 of 9 outer steps, 1 epoch finished'
-    assert run_test(tmp_path, few, norms=('targets',), say=quiet)['models'] == ['best-epoch-000']
+    assert grade_run(tmp_path, few, norms=('targets',), say=quiet)['models'] == ['best-epoch-000']
     assert read_pretrained(done).unfinished == ''
 
 
@@ -488,14 +490,14 @@ def test_runs_that_go_together_differ_in_the_seed_alone(few, tmp_path):
 
 
 def test_one_of_two_seeds_diverges_and_is_named(few, tmp_path, monkeypatch):
-    from mamlpp_nb import training
-    taken = training.fused_adam
+    from mamlpp_nb import runs
+    taken = runs.fused_adam
     calls = []
     def explosive(meta, lr, beta2): # the second seed has no chance
         calls.append(lr)
         if len(calls) == 2: next(iter(meta.start.values())).data.fill_(float('inf'))
         return taken(meta, lr, beta2)
-    monkeypatch.setattr(training, 'fused_adam', explosive)
+    monkeypatch.setattr(runs, 'fused_adam', explosive)
     with pytest.raises(Diverged, match='iteration 0, .* of seed 1;'): train_runs(of_seeds(small_run, 2), [tmp_path / 'a', tmp_path / 'b'], few, say=quiet)
 
 
@@ -506,7 +508,7 @@ def test_a_captured_run_ends_with_the_same_bits(few, tmp_path, monkeypatch, aver
     train_run(config, tmp_path / 'plain', few, say=quiet)
     made = training.outer_steps
     monkeypatch.setattr(training, 'outer_steps', lambda config, seeds, world, captured: made(config, seeds, world, True))
-    monkeypatch.setattr(training, '_stretch', lambda config, device, pace: config.iterations) # as on a GPU
+    monkeypatch.setattr(training, 'stretch', lambda config, device, pace: config.iterations) # as on a GPU
     monkeypatch.setattr('mamlpp_nb.speed._capture', tape.capture)
     train_run(config, tmp_path / 'taped', few, say=quiet)
     assert equal(tmp_path / 'plain/last.safetensors', tmp_path / 'taped/last.safetensors') and no_clock(tmp_path / 'plain') == no_clock(tmp_path / 'taped')
