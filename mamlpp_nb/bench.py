@@ -22,8 +22,9 @@ from .network import Conv4, task_batched
 from .maml import Learner, OuterSteps, keep_freed_memory, meta_gradient
 from .multi_step import naive_graded_loss
 from .mamlpp import Schedule, find_method, loss_parts, method_parameters
-from .speed import adjoint_gradient, all_at_once, autograd_calculus, conv4_calculus, fast_gradient
-from .speed import fused_adam, operations, replay_on
+from .adjoint import adjoint_gradient, autograd_calculus, operations
+from .passes import conv4_calculus
+from .speed import all_at_once, fast_gradient, fused_adam, replay_on
 
 # %% ../nbs/a1_benchmark.ipynb #00000005
 @dataclasses.dataclass(frozen=True)

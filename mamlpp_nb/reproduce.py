@@ -18,7 +18,7 @@ from .tasks import load_data
 from .maml import Diverged, save_meta
 from .network import Conv4
 from .mamlpp import find_method, loss_parts
-from .speed import operations
+from .adjoint import operations
 from .processes import World
 from .training import Config, configure, exit_codes, load_models, read_run, set_up, train_and_test
 

@@ -33,8 +33,9 @@ from .maml import (Damaged, Deal, Diverged, Graded, Learner, MetaParameters, Out
 from .per_step_norm import Look, Predict, gather_statistics, has_batch_norm
 from .step_sizes import plot_step_sizes
 from .mamlpp import Phase, Schedule, find_method, inner_parts, loss_parts, method_parameters, outer_rate, phases
+from .adjoint import operations
 from .speed import (all_at_once, fast_gradient, fast_inner_loop, fast_predicts, fast_statistics, fused_adam,
-                             operations, replay_on, worth_compiling)
+                             replay_on, worth_compiling)
 from .evaluation import gathered_tasks, refuse_test, step_logits, summarise, test_models
 from .processes import World, any_process, own_share, shared_gradient, sum_over
 
