@@ -311,7 +311,7 @@ def _for_passes(w:Weights)->tuple: # kernels, gammas, betas, head, its bias
     gammas, betas = ([w[f'{n}.{part}'] for n in _batch_norms] for part in ('weight','bias'))
     return _kernels(w), gammas, betas, w['head.weight'], w['head.bias']
 
-def _by_name(dw, dgamma, dbeta, dhead, dbias, like:Weights)->Weights: # kernels shaped as in `like`
+def _under_names(dw, dgamma, dbeta, dhead, dbias, like:Weights)->Weights: # kernels shaped as in `like`
     "What the passes return, by the names of the weights"
     first = dw[0].transpose(1,2).reshape(like[_convs[0]].shape)
     found = dict(zip(_convs, [first, *dw[1:]]))
@@ -334,13 +334,13 @@ def conv4_calculus(
     def gradient(weights, x, y):
         c, cov, _ = x
         loss, logits, *found, kept = first(*_for_passes(weights), c, cov, y, *geometry)
-        return loss, logits, _by_name(*found, like=weights), (x, kept)
+        return loss, logits, _under_names(*found, like=weights), (x, kept)
     def product(weights, kept, v):
         (c, cov, _), kept = kept
         gammas = [weights[f'{n}.weight'] for n in _batch_norms]
         along = _kernels(v), v['head.weight'], v['head.bias']
         found = second(_kernels(weights), gammas, weights['head.weight'], c, cov, kept, *along, *geometry)
-        return _by_name(*found, like=weights)
+        return _under_names(*found, like=weights)
     return Calculus(prepare, gradient, product, _tasks_at_once(net, compiled))
 
 # %% ../nbs/09_passes.ipynb #e1dd4256
