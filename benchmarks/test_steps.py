@@ -11,7 +11,7 @@ from mamlpp_nb.classifier import FewShotClassifier
 from mamlpp_nb.maml import evaluate, keep_freed_memory, maml_parameters
 from mamlpp_nb.network import Conv4, task_batched
 from mamlpp_nb.machine import pick_device
-from mamlpp_nb.speed import conv4_calculus
+from mamlpp_nb.passes import conv4_calculus
 from mamlpp_nb.tasks import EpisodeSampler, glyphs
 from mamlpp_nb.config import configure
 

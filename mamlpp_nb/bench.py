@@ -22,8 +22,9 @@ from .network import Conv4, task_batched
 from .maml import Learner, OuterSteps, keep_freed_memory, meta_gradient
 from .multi_step import naive_graded_loss
 from .mamlpp import find_method, loss_parts, method_parameters
-from .speed import adjoint_gradient, all_at_once, autograd_calculus, conv4_calculus, fast_gradient
-from .speed import fused_adam, replay_on
+from .adjoint import adjoint_gradient, autograd_calculus
+from .passes import conv4_calculus
+from .speed import all_at_once, fast_gradient, fused_adam, replay_on
 from .config import Config, configure, image_shape, step_operations
 
 # %% ../nbs/a1_benchmark.ipynb #00000005

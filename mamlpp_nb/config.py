@@ -19,7 +19,8 @@ from .networks import ResNet12, image_perceptron
 from .maml import Deal, Graded, MetaParameters, head_layer, squared_errors, task_accuracies, task_losses
 from .per_step_norm import Look, Predict
 from .mamlpp import Schedule, find_method, inner_parts, loss_parts, method_parameters
-from .speed import fast_gradient, fast_inner_loop, fast_predicts, fast_statistics, operations, worth_compiling
+from .adjoint import operations
+from .speed import fast_gradient, fast_inner_loop, fast_predicts, fast_statistics, worth_compiling
 
 # %% ../nbs/08_config.ipynb #00000006
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Tape(TorchDispatchMode):
 
 
 def capture(step):
-    "Stands for `mamlpp_nb.speed._capture`: a few steps as they are, then one written down, which a capture doesn't carry out"
+    "Stands for `mamlpp_nb.speed.capture`: a few steps as they are, then one written down, which a capture doesn't carry out"
     for _ in range(3): step()
     with Tape() as tape: step()
     return tape.replay

@@ -131,7 +131,7 @@ def test_a_whole_quickstart_is_not_called_unfinished(few, tmp_path):
 
 
 def test_nothing_is_compiled(few, tmp_path, monkeypatch):
-    monkeypatch.setattr('mamlpp_nb.speed._Fused.__call__', lambda self, *arguments: pytest.fail('a quickstart waits for no compiler'))
+    monkeypatch.setattr('mamlpp_nb.passes.Fused.__call__', lambda self, *arguments: pytest.fail('a quickstart waits for no compiler'))
     assert run_quickstart(small, few, 'cpu', tmp_path, 3, say=quiet)['iterations'] == 3
 
 

@@ -11,13 +11,14 @@ from torch import nn
 import tape
 from conftest import double
 from mamlpp_nb import speed
+from mamlpp_nb.adjoint import adjoint_gradient, autograd_calculus, join_episodes, operations, stack_seeds
 from mamlpp_nb.maml import Learner, OuterSteps, at_step, gradient_error, inner_loop, maml_parameters, meta_gradient, outer_loop
 from mamlpp_nb.mamlpp import Schedule, find_method, loss_parts, method_parameters
 from mamlpp_nb.multi_step import naive_graded_loss
 from mamlpp_nb.network import Conv4, task_batched
 from mamlpp_nb.per_step_norm import predict_targets, with_statistics
-from mamlpp_nb.speed import (adjoint_gradient, all_at_once, autograd_calculus, conv4_calculus, fast_gradient, fast_inner_loop,
-                             fast_predicts, fast_statistics, fused_adam, join_episodes, operations, replay_on, stack_seeds)
+from mamlpp_nb.passes import Fused, conv4_calculus
+from mamlpp_nb.speed import all_at_once, fast_gradient, fast_inner_loop, fast_predicts, fast_statistics, fused_adam, replay_on
 from mamlpp_nb.tasks import Episodes, EpisodeSampler
 
 
@@ -162,7 +163,7 @@ def test_programs_are_to_be_kept_in_the_cache_folder_unless_somebody_chose_anoth
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     for chosen, kept in (('/tmp/torchinductor_me', tmp_path / 'mamlpp_nb/compiled'), (str(tmp_path / 'mine'), tmp_path / 'mine')):
         monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', chosen)
-        speed._Fused(torch.sin)._compiled() # compiles at its first call, which never comes
+        Fused(torch.sin).compiled() # compiles at its first call, which never comes
         assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == str(kept)
 
 
@@ -170,11 +171,12 @@ def test_programs_are_to_be_kept_in_the_cache_folder_unless_somebody_chose_anoth
 def test_programs_are_kept_in_the_cache_folder(tmp_path):
     code = """
 import torch
-from mamlpp_nb.speed import _Fused, fused_adam
+from mamlpp_nb.passes import Fused
+from mamlpp_nb.speed import fused_adam
 from mamlpp_nb.maml import maml_parameters
 from mamlpp_nb.network import Conv4
 fused_adam(maml_parameters(Conv4(3, filters=4))) # makes torch choose a temporary folder
-_Fused(lambda x: x.sin() + 1)(torch.zeros(3))
+Fused(lambda x: x.sin() + 1)(torch.zeros(3))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env={**environment, "XDG_CACHE_HOME": str(tmp_path)})
@@ -205,7 +207,7 @@ def go(steps): return torch.cat([steps.run(first, n, rate, n_steps=3, **parts) f
 def test_a_captured_step_does_what_an_uncaptured_one_does(drawn, monkeypatch, seeds, clamp):
     "Rates, weights of losses, iteration, clamping and running average are read anew by every replay, and no value is looked at"
     plain, taped = (outer_steps(drawn, seeds, clamp=clamp, captured=c) for c in (False, True))
-    monkeypatch.setattr(speed, '_capture', tape.capture)
+    monkeypatch.setattr(speed, 'capture', tape.capture)
     assert go(plain).equal(go(taped))
     assert len(taped.programs) == 3 # all targets, the last alone by first order, the last alone by second order
     for a, b in zip(plain.learners, taped.learners):
@@ -220,7 +222,7 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_so(drawn, monkeypatch, c
     "`meta_gradient` looks at labels and at the weights of losses"
     plain, taped = (outer_steps(drawn, [0], captured=c, changed=lambda gradient: meta_gradient) for c in (False, True))
     monkeypatch.setattr('mamlpp_nb.progress._told', set())
-    monkeypatch.setattr(speed, '_capture', tape.capture)
+    monkeypatch.setattr(speed, 'capture', tape.capture)
     assert go(plain).equal(go(taped))
     assert capsys.readouterr().err.count('cannot be captured') == 1
 
@@ -251,7 +253,7 @@ def test_seeds_in_any_portions(drawn, portion, method):
 
 @pytest.mark.parametrize('captured', [False, True])
 def test_steps_before_a_bad_one_are_kept(drawn, monkeypatch, captured):
-    monkeypatch.setattr(speed, '_capture', tape.capture)
+    monkeypatch.setattr(speed, 'capture', tape.capture)
     rows = EpisodeSampler(drawn['train'], 3, 1, 2, 1, rotate=True)(2 * 4, 2).rows
     def poisoning(fine):
         def poisoned(forward, meta, e, **parts):

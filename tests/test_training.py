@@ -380,7 +380,7 @@ def test_a_run_long_enough_compiles_unless_told_otherwise(few):
 def test_a_compiled_run_goes_on_to_the_same_bits(few, tmp_path, monkeypatch, compiler):
     "Without a compiler, what is to be compiled runs as it is: the same road, at once"
     monkeypatch.setattr('mamlpp_nb.config.worth_compiling', lambda n: True)
-    if compiler == 'none': monkeypatch.setattr('mamlpp_nb.speed._Fused._compiled', lambda self: lambda *arguments: self.plain(*arguments))
+    if compiler == 'none': monkeypatch.setattr('mamlpp_nb.passes.Fused.compiled', lambda self: lambda *arguments: self.plain(*arguments))
     said = []
     assert train_run(small_run, tmp_path / 'whole', few, say=said.append) == 'complete'
     assert any('compiling everything this run needs' in s for s in said) and any(s.startswith('compiled in') for s in said)
@@ -406,7 +406,7 @@ def test_everything_is_compiled_before_the_first_step_that_counts(few, tmp_path,
     def advance(*arguments):
         counted.append(1)
         return taken(*arguments)
-    monkeypatch.setattr('mamlpp_nb.speed._Fused._compiled', watched)
+    monkeypatch.setattr('mamlpp_nb.passes.Fused.compiled', watched)
     monkeypatch.setattr(training, 'advance', advance)
     assert train_and_test([small_run], [tmp_path], few, say=quiet, compiled=True) == 'complete'
     assert len(kinds) > 3 and len(counted) == small_run.epochs*small_run.iterations and not new
@@ -509,7 +509,7 @@ def test_a_captured_run_ends_with_the_same_bits(few, tmp_path, monkeypatch, aver
     made = training.outer_steps
     monkeypatch.setattr(training, 'outer_steps', lambda config, seeds, world, captured: made(config, seeds, world, True))
     monkeypatch.setattr(training, 'stretch', lambda config, device, pace: config.iterations) # as on a GPU
-    monkeypatch.setattr('mamlpp_nb.speed._capture', tape.capture)
+    monkeypatch.setattr('mamlpp_nb.speed.capture', tape.capture)
     train_run(config, tmp_path / 'taped', few, say=quiet)
     assert equal(tmp_path / 'plain/last.safetensors', tmp_path / 'taped/last.safetensors') and no_clock(tmp_path / 'plain') == no_clock(tmp_path / 'taped')
 
