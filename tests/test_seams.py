@@ -334,3 +334,27 @@ def test_a_user_never_leaves_the_command_line(tmp_path, capsys, words, norms):
     assert (' %' in said.split('targets normalised by')[1].splitlines()[1]) == ('squared error' not in words)
     again = next(r for r in read_metrics(tmp_path / 'run') if r['epoch'] == 1)['losses'][1]
     assert f'loss {again:.6f}, on record {again:.6f}' in said
+
+
+def test_whatever_file_or_folder_holds_a_model_can_be_evaluated(drawn, tmp_path, capsys):
+    from mamlpp_nb.cli import main
+    run_folder, quick = tmp_path / 'run', tmp_path / 'quick'
+    train_run(tiny, run_folder, drawn, say=quiet)
+    (run_folder / 'last.safetensors').rename(quick.with_suffix('.safetensors'))
+    quick.mkdir()
+    about = {'config': dataclasses.asdict(tiny)}
+    save_meta(quick / 'meta.safetensors', load_meta(quick.with_suffix('.safetensors'))[0], about)
+    save_meta(tmp_path / 'no.safetensors', maml_parameters(small()), {})
+    for path in (run_folder, quick, quick.with_suffix('.safetensors')):
+        assert main(['evaluate', str(path), '--tasks', '3', '--device', 'cpu', '--norm', 'targets']) == 0, path
+    assert capsys.readouterr().out.count('tasks per second') == 3
+    assert main(['evaluate', str(tmp_path / 'no.safetensors'), '--device', 'cpu']) == 2 and 'does not say by which settings' in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(drawn, tmp_path):
+    said = []
+    train_run(tiny, tmp_path, drawn, minutes=1e-9, say=quiet)
+    path = tmp_path / 'config.json'
+    path.write_text(path.read_text().replace('threads)', 'threads, another)'))
+    train_run(tiny, tmp_path, drawn, minutes=1e-9, say=said.append)
+    assert any('the same numbers up to rounding, not to the bit' in s for s in said)
