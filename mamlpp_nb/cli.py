@@ -24,7 +24,7 @@ from .quickstart import quickstart
 from .bench import bench
 from .processes import World, join_world
 from .config import Config, configure, presets
-from .runs import best_epochs, plot_run, read_config, read_run, run_splits
+from .runs import best_epochs, plot_run, read_config, read_run, read_settings, run_splits
 from .training import TensorBoardLog, csv_log, exit_codes, grade_run, replay, said_score
 from .training import train_and_test
 from .reproduce import reproduce, seed_list
@@ -65,7 +65,8 @@ def _preset_for(settings:dict)->str: # of own images, by their colours
 def train_preset(
     preset:Param('settings to begin with: omniglot-20w1s, -20w5s, -5w1s, -5w5s, mini-imagenet-5w1s, -5w5s as the '
                  'published code has them; with -paper as the paper has them; quickstart; grey-images-5w1s, '
-                 '-5w5s, colour-images-5w1s, -5w5s for --data PATH, where it may be left out', str, opt=False, nargs='?')='',
+                 '-5w5s, colour-images-5w1s, -5w5s for --data PATH, where it may be left out',
+                 str, opt=False, nargs='?')='',
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one
     out:str='', # folder of the run; empty: runs/ and a name made from the settings. A run that is there goes on
     seeds:Param('several seeds to train at once, as in 0 1 2; each gets a folder (with --out: seed0, seed1 ... in it)',
@@ -139,7 +140,7 @@ def grade_table(
 
 # %% ../nbs/a2_command_line.ipynb #8c1d0b02
 def evaluate_run(
-    run:str, # folder of a run
+    run:str, # folder of a run or of a quickstart, or file of a model
     split:str='test', # classes to test on: test or val
     tasks:int=0, # episodes; 0: as configured
     steps:int=0, # inner steps; 0: as in training
@@ -156,7 +157,7 @@ def evaluate_run(
     for name,value in (('tasks', tasks), ('steps', steps)):
         if value < 0: raise ValueError(f'{name} must be at least 0, got {value}')
     norms = None if norm == 'all' else (norm,)
-    splits = run_splits(run, read_config(run)[0], tell, data) if data else None
+    splits = run_splits(run, read_settings(run), tell, data) if data else None
     world = World(device=pick_device(device))
     tested = grade_run(run, splits, world, split, n_tasks=tasks or None, n_steps=steps or None, norms=norms,
                        n_permutations=permutations, say=tell)

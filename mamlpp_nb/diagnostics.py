@@ -35,7 +35,7 @@ def running_mean(
 # %% ../nbs/03_instability.ipynb #c10e0301
 def recorded_settings(
     record:dict, # of a short run; older ones kept the schedule apart, and said only how many outer steps there were
-)->dict: # fields of `Config` (chapter 8), as far as they were known
+)->dict: # fields of `Config` (chapter 14), as far as they were known
     "What a run was made with"
     kept = {name: value for name,value in record['config'].items() if name not in ('schedule','tests')}
     if 'schedule' not in record['config']: return kept

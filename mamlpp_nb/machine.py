@@ -51,7 +51,8 @@ def pick_device(
     "A CUDA device where there is one and 'auto' was asked for, else the one that was named"
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     if name.startswith('mps'):
-        raise ValueError("no device 'mps': some sums here are in float64, which Apple's GPUs don't have; try auto or cpu")
+        raise ValueError("no device 'mps': some sums here are in float64, which Apple's GPUs don't have; "
+                         'try auto or cpu')
     try: torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
         reason = re.split(r'\. |\.$', str(e).splitlines()[0])[0]

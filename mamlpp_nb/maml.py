@@ -11,7 +11,7 @@ __all__ = ['Forward', 'Graded', 'Update', 'Deal', 'beside', 'SineWaves', 'naive_
            'save_meta', 'read_checkpoint', 'load_meta', 'train', 'recent', 'Evaluation', 'evaluate']
 
 # %% ../nbs/02_maml.ipynb #00000003
-import contextlib, ctypes, dataclasses, hashlib, itertools, json, math, os, time
+import contextlib, ctypes, dataclasses, hashlib, itertools, json, math, time
 import collections.abc as abc
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch import nn, Tensor
 from torch.func import functional_call
 from .files import write_safely
 from .progress import progress_bar
-from .tasks import Episodes, EpisodeSampler
+from .tasks import Episodes
 from .network import Weights, is_norm
 
 # %% ../nbs/02_maml.ipynb #2a000002
@@ -134,6 +134,11 @@ class MetaParameters(NamedTuple):
     def detached(self)->'MetaParameters': # the same memory
         "The same values, without a gradient"
         return MetaParameters(*({k: t.detach() for k,t in table.items()} for table in self))
+
+    def to(self, device:str|torch.device)->'MetaParameters': # as learnable as these; the same tensors if they are there
+        "The same values on a device"
+        def there(t): return t.detach().to(device).requires_grad_(t.requires_grad)
+        return MetaParameters(*({k: there(t) for k,t in table.items()} for table in self))
 
 # %% ../nbs/02_maml.ipynb #00000015
 def norm_parameters(
@@ -471,7 +476,8 @@ def run(self:OuterSteps,
     if not 1 <= n <= self.longest: raise ValueError(f'this was made for 1 to {self.longest} steps at a time, got {n}')
     weights, kind = step_kind(**parts)
     if rate is not None: _set_rates(self.learners, rate)
-    looks = self.log.device.type == 'cpu' and not self.replayed
+    blind = self.log.is_cuda and all(l.optimizer.state for l in self.learners) # what has no state yet can't be put back
+    looks = not self.replayed and not blind
     step, own = (None, None) if looks else self._program(kind) # making it takes steps of its own
     self.iteration.fill_(first)
     self.count = first

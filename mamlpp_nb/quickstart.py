@@ -51,7 +51,7 @@ class Quick(NamedTuple):
     meta:MetaParameters     # moved in place
     deal:EpisodeSampler     # meta-training tasks
     test:EpisodeSampler     # meta-test tasks
-    gradient:abc.Callable   # the fast road of chapter 9, uncompiled: a compiler takes longer than all this
+    gradient:abc.Callable   # the fast road of chapter 11, uncompiled: a compiler takes longer than all this
     predicts:dict           # ways to predict targets, by the names in `test_ways`
 
     @property

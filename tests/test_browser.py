@@ -162,7 +162,7 @@ HTML(rates_player(rate_chart(read_records({str(root / 'nbs/results/tables')!r}, 
 
 
 def test_the_player_on_the_committed_page_draws(chromium, tmp_path):
-    page = json.loads((root / 'nbs/13_learned_rates.ipynb').read_text())
+    page = json.loads((root / 'nbs/22_learned_rates.ipynb').read_text())
     player, = (text for c in page['cells'] if c['cell_type'] == 'code' for o in c['outputs'] if 'rates-player' in (text := ''.join(o.get('data', {}).get('text/html', ''))))
     (tmp_path / 'page.html').write_text(f'<!doctype html><meta charset="utf-8">{player}')
     chromium.get((tmp_path / 'page.html').as_uri())
