@@ -73,7 +73,7 @@ def fake_pictures():
     "A data set: any labelled Dataset, here one of torchvision's"
     from torchvision.datasets import FakeData
     from mamlpp_nb.tasks import from_dataset
-    def of(split): return from_dataset(FakeData(240, (3,32,32), 12, random_offset=len(split)), split=split)
+    def of(split): return from_dataset(FakeData(120, (3,32,32), 12, random_offset=len(split)), split=split)
     return {split: of(split) for split in ('train','val','test')}
 
 

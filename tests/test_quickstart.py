@@ -165,7 +165,7 @@ def test_ways_to_normalise_are_checked_before_anything_runs(few, tmp_path, tests
 
 def test_train_by_the_preset_makes_the_steps_of_the_command(few, tmp_path, monkeypatch):
     monkeypatch.setitem(presets, 'quickstart', dataclasses.replace(small, data='omniglot', epochs=6, iterations=2, first_order_epochs=3, validation_tasks=2, keep=1))
-    monkeypatch.setattr('mamlpp_nb.training.load_data', lambda name: few)
+    monkeypatch.setattr('mamlpp_nb.config.load_data', lambda name: few)
     assert main(['train', 'quickstart', '--data', 'glyphs', '--out', str(tmp_path / 'run'), '--device', 'cpu']) == 0
     record = run_quickstart(configure('quickstart', data='glyphs'), few, 'cpu', tmp_path, 12, say=quiet)
     means = [sum(record['loss'][i:i + 2]) / 2 for i in range(0, 12, 2)]

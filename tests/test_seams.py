@@ -24,7 +24,21 @@ from mamlpp_nb.runs import first_state, load_state, read_metrics, read_run
 from mamlpp_nb.training import csv_log, train_and_test, train_run
 
 own_file = Path(__file__).parent.parent / 'nbs/own_parts.py'
+before = set(methods), set(updates)
 find_object(f'{own_file}:momentum') # registers its parts
+own_methods, own_updates = ({k: table.pop(k) for k in set(table) - names} for table, names in zip((methods, updates), before))
+
+
+@pytest.fixture(autouse=True)
+def own_parts():
+    "The tables have them for these tests, and for no others."
+    updates.update(own_updates)
+    methods.update(own_methods)
+    yield
+    for table, names in ((methods, own_methods), (updates, own_updates)):
+        for name in names: table.pop(name, None)
+
+
 def quiet(text): pass
 
 
@@ -302,21 +316,21 @@ def test_names_that_mean_nothing_are_refused_before_any_work(drawn, tmp_path):
     with pytest.raises(ValueError, match='is no method'): Config(method=f'{own_file}:smooth')
 
 
-def test_a_model_of_ones_own_network_adapts_to_pictures(drawn, tmp_path):
+@pytest.mark.parametrize('changes', [{'network': f'{own_file}:Residual'}, {'method': 'momentum'},
+                                     pytest.param({'network': 'resnet12', 'n_tasks': 1}, marks=pytest.mark.weekly)])
+def test_a_model_of_ones_own_network_adapts_to_pictures(drawn, tmp_path, changes):
     from mamlpp_nb.classifier import FewShotClassifier
     import pickle
-    for name, changes in (('own', {'network': f'{own_file}:Residual'}), ('resnet', {'network': 'resnet12', 'n_tasks': 1}), ('momentum', {'method': 'momentum'})):
-        config = dataclasses.replace(tiny, **changes, epochs=1, iterations=1)
-        train_run(config, tmp_path / name, drawn, say=quiet)
-        x = drawn['test'].images[:60:10]
-        fitted = FewShotClassifier(str(tmp_path / name)).fit(x, list('aabbcd'))
-        proba = fitted.predict_proba(x)
-        assert proba.shape == (6, 4) and abs(proba.sum(1) - 1).max() < 1e-5
-        fitted.save(tmp_path / f'{name}.safetensors')
-        assert (FewShotClassifier.load(tmp_path / f'{name}.safetensors').predict_proba(x) == proba).all()
-        assert (pickle.loads(pickle.dumps(fitted)).predict_proba(x) == proba).all()
-        exported = torch.export.export(fitted.module(), (x.float()/255,)).module()
-        assert exported(x.float()/255).allclose(torch.from_numpy(proba), atol=1e-5)
+    train_run(dataclasses.replace(tiny, **changes, epochs=1, iterations=1), tmp_path / 'run', drawn, say=quiet)
+    x = drawn['test'].images[:60:10]
+    fitted = FewShotClassifier(str(tmp_path / 'run')).fit(x, list('aabbcd'))
+    proba = fitted.predict_proba(x)
+    assert proba.shape == (6, 4) and abs(proba.sum(1) - 1).max() < 1e-5
+    fitted.save(tmp_path / 'fitted.safetensors')
+    assert (FewShotClassifier.load(tmp_path / 'fitted.safetensors').predict_proba(x) == proba).all()
+    assert (pickle.loads(pickle.dumps(fitted)).predict_proba(x) == proba).all()
+    exported = torch.export.export(fitted.module(), (x.float()/255,)).module()
+    assert exported(x.float()/255).allclose(torch.from_numpy(proba), atol=1e-5)
 
 
 @pytest.mark.parametrize('words, norms', [
