@@ -6,7 +6,7 @@
 __all__ = ['operations', 'Calculus', 'autograd_calculus', 'adjoint_gradient', 'stack_seeds', 'join_episodes']
 
 # %% ../nbs/09_adjoint.ipynb #fda4d117
-import collections.abc as abc, dataclasses
+import collections.abc as abc, dataclasses, warnings
 from typing import Any, NamedTuple
 import torch
 from fastcore.basics import patch
@@ -14,6 +14,9 @@ from torch import Tensor
 from .tasks import Episodes
 from .network import Conv4, Weights
 from .maml import Forward, Graded, MetaParameters, task_accuracies, task_losses
+
+# torch's forward mode loads what torch itself has deprecated
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
 
 # %% ../nbs/09_adjoint.ipynb #00000006
 def operations(
