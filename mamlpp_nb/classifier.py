@@ -75,7 +75,7 @@ def _pictures(images, channels:int, n:int|None)->list: # one by one
     if isinstance(images, np.ndarray) and images.dtype.kind not in 'OU': return _split_array(images, channels, n)
     return list(images)
 
-def _pixels(image, mode:str, size:int)->np.ndarray: # (channels, size, size) uint8
+def _picture_pixels(image, mode:str, size:int)->np.ndarray: # (channels, size, size) uint8
     if isinstance(image, (str, Path)):
         return decode(PictureFile('', str(image), lambda: read_file(image)), size, mode)
     if isinstance(image, Tensor): image = (image.float() if image.dtype == torch.bfloat16 else image).detach().cpu()
@@ -93,7 +93,7 @@ def image_batch(
     n:int|None=None, # how many there are, where somebody knows: decides what could be read in two ways
 )->Tensor: # (n, channels, size, size), float in [0, 1]
     "Pictures as a network wants them; arrays are uint8, or float in [0, 1], channels (1, 3 or 4) before or behind"
-    pixels = [_pixels(image, {1: 'L', 3: 'RGB'}[channels], size) for image in _pictures(images, channels, n)]
+    pixels = [_picture_pixels(image, {1: 'L', 3: 'RGB'}[channels], size) for image in _pictures(images, channels, n)]
     if not pixels: raise ValueError('no images')
     return torch.from_numpy(np.stack(pixels))/255
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from .names import find_object, find_part, is_object_name
 from .tasks import ClassImages, EpisodeSampler, data_sets, load_data
-from .network import Conv4, TaskBatched, task_batched
+from .network import Conv4, TaskBatched, counted_operations, task_batched
 from .networks import ResNet12, image_perceptron
 from .maml import Deal, Graded, MetaParameters, head_layer, squared_errors, task_accuracies, task_losses
 from .per_step_norm import Look, Predict
@@ -187,14 +187,23 @@ def step_operations(
     config:Config, # the settings
     epoch:int=0, # from 0: what a step computes may change
 )->int: # multiplications and additions
-    "What an outer step must compute at the least"
+    "What an outer step must compute at the least; of a network that isn't Conv4, as PyTorch counts it"
     channels, size = image_shape(config)
-    net = Conv4(config.n_way, channels, size, config.filters, strided=config.strided)
     parts = loss_parts(find_method(config.method), config.schedule, epoch, config.n_steps)
     graded = 1 if parts['loss_weights'] is None else sum(map(bool, parts['loss_weights']))
     n_support, n_target = config.n_way*config.k_shot, config.n_way*config.n_target
+    if config.network != 'conv4':
+        image = _image_operations(config, channels, size)
+        inner = 3 + 6*parts['second_order'] # a gradient is three passes, a product with the Hessian two gradients
+        return config.n_tasks*image*(config.n_steps*n_support*inner + graded*n_target*3)
+    net = Conv4(config.n_way, channels, size, config.filters, strided=config.strided)
     return operations(net, size, n_support, n_target, n_tasks=config.n_tasks, n_steps=config.n_steps,
                       n_graded=graded, second_order=parts['second_order'])
+
+def _image_operations(config:Config, channels:int, size:int)->int: # of a pass forwards
+    net = build_network(config, channels, size)
+    images = torch.zeros(2, channels, size, size) # batch norm wants two
+    return counted_operations(net, images)//2
 
 # %% ../nbs/14_config.ipynb #a8b0c002
 class Objective(NamedTuple):
@@ -224,7 +233,7 @@ def load_splits(
 )->dict[str,ClassImages|Deal]: # 'train', 'val' and 'test'
     "The data of a run; of own images, classes that are too small for its tasks are left out, and named"
     if config.data in data_sets: return load_data(config.data)
-    if is_object_name(config.data): return _own_splits(config)
+    if is_object_name(config.data): return _named_splits(config)
     splits = load_data(config.data, size=config.image_size, shares=config.shares, seed=config.split_seed)
     _describe(config, splits, say)
     if kept: splits = as_kept(splits, kept, say)
@@ -294,7 +303,7 @@ def changed_classes(
     return [name for s,classes in kept.items() for name,was in classes.items() if now[s].get(name) != was]
 
 # %% ../nbs/14_config.ipynb #a8b0c003
-def _own_splits(config:Config)->dict: # what a function of one's own makes of the settings it names
+def _named_splits(config:Config)->dict: # what a function of one's own makes of the settings it names
     make = find_object(config.data)
     splits = make(**only_named(make, dataclasses.asdict(config)))
     if not isinstance(splits, dict) or set(splits) != {'train','val','test'}:

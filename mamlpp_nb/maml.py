@@ -666,7 +666,7 @@ def train(
         while len(history)-begin < n_iterations and not stop():
             history.append(next(loop))
             if watch: watch(history)
-            else: _show(bar, history)
+            else: _show_step(bar, history)
             if time.monotonic()-saved > 30:
                 keep()
                 saved = time.monotonic()
@@ -690,7 +690,7 @@ def recent(
     loss, accuracy = (np.mean([getattr(p, name) for p in history[-n:]]) for name in ('loss','accuracy'))
     return f'loss {loss:.3f}, accuracy {accuracy:.3f}'
 
-def _show(bar, history)->None:
+def _show_step(bar, history)->None:
     bar.set_postfix_str(f'step {len(history)}, {recent(history)}', refresh=False)
     bar.update(1)
 

@@ -254,7 +254,7 @@ def _negative_early(chart):
     early, late = _early_and_late(chart)
     return (early < 0).mean((1,2)) - (late < 0).mean((1,2))
 
-def _last_step(chart):
+def _last_over_mean(chart):
     m = _by_step(chart)
     return m[:,-1]/m[:,:-1].mean(1)
 
@@ -299,9 +299,9 @@ def observations(
              ('steps 1 and 3 are high, 2 and 4 medium, 5 low', one_shot, _ordered_steps, lambda v: v > 1),
              ('with five shots the rates are higher', one_shot and five_shot, higher, lambda v: v > 1),
              ('with five shots they fall from step to step', five_shot, _falling, lambda v: v < -.8),
-             ('on mini-ImageNet the last step is strong in 1-shot', mini, _last_step, lambda v: v > 1.5),
+             ('on mini-ImageNet the last step is strong in 1-shot', mini, _last_over_mean, lambda v: v > 1.5),
              ("on mini-ImageNet the head's biases learn fast, layer 1 not at all", mini, _head_bias, lambda v: v > 4),
-             ('on mini-ImageNet the last step is weak in 5-shot', mini_five, _last_step, lambda v: v < 2/3)]
+             ('on mini-ImageNet the last step is weak in 5-shot', mini_five, _last_over_mean, lambda v: v < 2/3)]
     found = [(about, *_tested(chart, statistic, rule)) for about,chart,statistic,rule in asked]
     found.append(('seeds mirror each other', *_mirroring(one_shot)))
     return [{'number': i, 'about': about, 'values': values, 'verdict': verdict}

@@ -22,3 +22,11 @@ def test_a_line_has_at_most_120_columns(path):
 
 
 def test_what_is_not_yet_done_exists(): assert not_yet <= {p.stem for p in modules}
+
+
+def test_a_private_helper_means_one_thing():
+    "No function of one module has the name of another module's"
+    owners = {}
+    for path in modules:
+        for name in re.findall(r'^def (_\w+)\(', re.sub(r'@patch\ndef', '', path.read_text()), flags=re.M): owners.setdefault(name, []).append(path.stem)
+    assert not {name: stems for name, stems in owners.items() if len(stems) > 1}
