@@ -286,8 +286,8 @@ def no_clock(folder): return [{k: v for k, v in r.items() if k not in ('seconds'
 
 @pytest.mark.parametrize('changes', [
     {'network': f'{own_file}:Residual'}, {'network': f'{own_file}:Residual', 'dropout': True}, {'loss': f'{own_file}:smooth_labels'},
-    {'method': 'momentum'}, {'method': f'{own_file}:bounded'}, {'optimizer': 'torch.optim:SGD', 'outer_lr': .01},
-    {'network': f'{own_file}:Residual', 'shared_head': True}])
+    {'method': 'momentum'}, {'optimizer': 'torch.optim:SGD', 'outer_lr': .01},
+    *(pytest.param(more, marks=pytest.mark.weekly) for more in ({'method': f'{own_file}:bounded'}, {'network': f'{own_file}:Residual', 'shared_head': True}))])
 def test_a_run_with_a_part_of_ones_own_stops_and_goes_on(drawn, tmp_path, changes):
     config = dataclasses.replace(tiny, **changes)
     assert train_and_test([config], [tmp_path / 'whole'], drawn, say=quiet) == 'complete'

@@ -203,7 +203,7 @@ plan = [(0, 3, 2e-3, dict(second_order=True, loss_weights=[.2, .3, .5])), (3, 2,
 def go(steps): return torch.cat([steps.run(first, n, rate, n_steps=3, **parts) for first, n, rate, parts in plan])
 
 
-@pytest.mark.parametrize('seeds, clamp', [([0], 0.), ([0, 1, 2], .05), *(pytest.param(*more, marks=pytest.mark.weekly) for more in (([0], .05), ([0, 1, 2], 0.)))])
+@pytest.mark.parametrize('seeds, clamp', [([0, 1], .05), *(pytest.param(*more, marks=pytest.mark.weekly) for more in (([0], .05), ([0], 0.), ([0, 1, 2], 0.), ([0, 1, 2], .05)))])
 def test_a_captured_step_does_what_an_uncaptured_one_does(drawn, monkeypatch, seeds, clamp):
     "Rates, weights of losses, iteration, clamping and running average are read anew by every replay, and no value is looked at"
     plain, taped = (outer_steps(drawn, seeds, clamp=clamp, captured=c) for c in (False, True))
