@@ -94,6 +94,7 @@ ways = {'naive': Way(_naive),                                  # a loop over tas
         'captured': Way(_fast, 1, 10, True),                   # replayed on a GPU
         'three seeds captured': Way(_fast, 3, 10, True)}
 
+# %% ../nbs/a1_benchmark.ipynb #6456ad8a
 def outer_step(
     workload:Config, # its settings
     way:str, # a name in `ways`

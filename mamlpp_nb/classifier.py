@@ -364,6 +364,7 @@ def predict_proba(self:FewShotClassifier,
     x = image_batch(images, self.model_.channels, self.model_.size, n).to(kind)
     return torch.cat([predict(part) for part in x.split(len(x) if self.norm_ == 'targets' else 256)]).numpy()
 
+# %% ../nbs/18_your_images.ipynb #81cdcad1
 @patch
 def predict(self:FewShotClassifier,
     images, # see `image_batch`
@@ -503,6 +504,7 @@ def _name_support(classifier:FewShotClassifier, labels:list, paths:list, images:
     say(f'{right} of {len(tested)} images right, each named by a classifier that had not seen it')
     return [(paths[i], classes[p.argmax()], p) for i,p in tested]
 
+# %% ../nbs/18_your_images.ipynb #1705153f
 def adapt_folder(
     model:str, # 'omniglot', or the path of a model or fitted classifier
     support:str, # folder with a folder of images for each class; what lies in folders below belongs to the class

@@ -101,6 +101,7 @@ def _show_strokes(canvas:Any, strokes:Strokes)->None:
     with hold_canvas(canvas):
         for s in strokes: canvas.stroke_lines([(x*canvas.width, y*canvas.height) for x,y in s])
 
+# %% ../nbs/a6_drawing.ipynb #30afe661
 def drawing_pad(
     classifier:FewShotClassifier|None=None, # who answers; None: the packaged model
     names:abc.Sequence[str]=('A','B','C','D','E'), # of the classes

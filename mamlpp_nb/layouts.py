@@ -171,7 +171,7 @@ def _splits_inside(
                          'train, val and test; add what is missing, or put all classes into one folder, to be split')
     return {'all': everything}
 
-
+# %% ../nbs/g4_layouts.ipynb #9d32626c
 def own_pictures(
     source:Path, # a folder with a folder for each class, or one that is split, or a zip of either
     skipped:list[str], # collects what was left out and why, a line each

@@ -430,24 +430,28 @@ class OuterSteps:
             torch.manual_seed((seed << 32) + self.count)
             yield
 
-    def _notes(self, weights:abc.Sequence, kind:'Kind')->Tensor: # (learners, 3); the gradients are with the parameters
-        found = self._found(weights, kind)
-        return torch.stack([note_gradient(l.meta, *f, self.clamp) for l,f in zip(self.learners, found)])
+# %% ../nbs/02_maml.ipynb #c7b0c003
+@patch
+def _notes(self:OuterSteps, weights:abc.Sequence, kind:'Kind')->Tensor: # (learners, 3); the parameters get gradients
+    found = self._found(weights, kind)
+    return torch.stack([note_gradient(l.meta, *f, self.clamp) for l,f in zip(self.learners, found)])
 
-    @torch.no_grad()
-    def _move(self)->None: # along the gradients that are with the parameters
-        for l in self.learners:
-            l.optimizer.step()
-            if l.average: torch._foreach_lerp_(list(l.average.values()), list(l.meta.learned().values()), 1-self.decay)
+@patch
+@torch.no_grad()
+def _move(self:OuterSteps)->None: # along the gradients that are with the parameters
+    for l in self.learners:
+        l.optimizer.step()
+        if l.average: torch._foreach_lerp_(list(l.average.values()), list(l.meta.learned().values()), 1-self.decay)
 
-    @torch.no_grad()
-    def _blind(self, weights:Tensor, kind:'Kind')->None: # a whole step; nothing in here may depend on a value
-        with torch.enable_grad(): notes = self._notes(weights, kind)
-        self._move()
-        self.log.index_copy_(0, self.line, notes[None])
-        self.line += 1
-        self.iteration += 1
-        self.count += 1
+@patch
+@torch.no_grad()
+def _blind(self:OuterSteps, weights:Tensor, kind:'Kind')->None: # a whole step; nothing in it may depend on a value
+    with torch.enable_grad(): notes = self._notes(weights, kind)
+    self._move()
+    self.log.index_copy_(0, self.line, notes[None])
+    self.line += 1
+    self.iteration += 1
+    self.count += 1
 
 # %% ../nbs/02_maml.ipynb #a2b0c004
 class Kind(NamedTuple):
@@ -492,6 +496,7 @@ def run(self:OuterSteps,
     self._put_back(before)
     return self.run(first, good, rate, **parts) if good else log[:0]
 
+# %% ../nbs/02_maml.ipynb #764060ee
 def _set_rates(learners:list[Learner], rate:float)->None:
     for group in (g for l in learners for g in l.optimizer.param_groups):
         if isinstance(group['lr'], Tensor): group['lr'].fill_(rate) # a replay knows it by its address

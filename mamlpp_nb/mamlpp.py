@@ -124,6 +124,7 @@ def method_parameters(
     meta = step_size_tables(meta, method.step_sizes, inner_lr, n_steps, idle_parameters(net, images))
     return meta._replace(added=updates[method.update].added(meta, n_steps))
 
+# %% ../nbs/07_mamlpp.ipynb #2e9ae058
 def loss_parts(
     method:Method, # which parts
     schedule:Schedule, # when they change

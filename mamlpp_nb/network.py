@@ -86,6 +86,7 @@ def _plain_attention()->abc.Iterator[None]: # fused attention has no second deri
         with sdpa_kernel(SDPBackend.MATH): yield
     finally: torch.backends.mha.set_fastpath_enabled(fused)
 
+# %% ../nbs/01_network.ipynb #174329db
 class TaskBatched:
     "A network as a function: (weights, images) -> outputs, all three with a leading task axis"
     def __init__(self,

@@ -313,6 +313,7 @@ def _run(
         for c in missing: job.keep(c, splits)
     return 'complete', failed
 
+# %% ../nbs/19_reproduce.ipynb #f7283e05
 def _in_json(found:dict[str,list[dict]])->dict: # records, as a script may want them
     said = {}
     for row,records in found.items():
@@ -324,6 +325,7 @@ def _in_json(found:dict[str,list[dict]])->dict: # records, as a script may want 
 # %% ../nbs/19_reproduce.ipynb #46219dd6
 _trial = {'epochs': 1, 'iterations': 2, 'validation_tasks': 4, 'test_tasks': 4, 'keep': 1}
 
+# %% ../nbs/19_reproduce.ipynb #9f0c488e
 def reproduce(
     # omniglot (20-way, then 5-way), stability (strided networks), extensions (of MAML++), mini-imagenet; for two CPU
     # cores: omniglot-small, extensions-small, five-shot-small, mini-imagenet-small

@@ -329,6 +329,7 @@ def read_settings(
     if 'config' not in about: raise ValueError(f'{file} does not say by which settings it was trained')
     return Config(**about['config'])
 
+# %% ../nbs/15_runs.ipynb #eeea81bc
 def load_models(
     folder:str|Path, # of a run
     config:Config, # its settings
