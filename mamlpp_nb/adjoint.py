@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from .machine import side_by_side
 from .tasks import Episodes
 from .network import Conv4, Weights
 from .maml import Forward, Graded, MetaParameters, task_accuracies, task_losses
@@ -52,7 +53,8 @@ class Calculus(NamedTuple):
     # (weights, what `gradient` left, a direction v in the fast weights) -> derivative of ∇L along v:
     # H v, and the same for γ and β
     product:abc.Callable[[Weights,Any,Weights],Weights]
-    portion:int # tasks at a time
+    portion:abc.Callable[[Tensor],int] # support images of all tasks -> tasks at a time
+    side_by_side:bool=False # may portions go in several threads?
 
 # %% ../nbs/09_adjoint.ipynb #00000015
 def autograd_calculus(
@@ -72,7 +74,8 @@ def autograd_calculus(
         moved = {k: weights[k] for k in v}
         def slope(part): return torch.func.grad(losses, has_aux=True)({**weights, **part}, *kept)[0]
         return torch.func.jvp(slope, (moved,), (v,))[1]
-    return Calculus(lambda x: x, gradient, product, portion)
+    # forward mode is one for all threads, so portions go one after another
+    return Calculus(lambda x: x, gradient, product, lambda x: portion)
 
 # %% ../nbs/09_adjoint.ipynb #00000017
 def _row_of(t:Tensor, i:int)->Tensor: # t (seeds, steps, *row); (seeds, *row), a view
@@ -237,13 +240,18 @@ def adjoint_gradient(
     tables = [{k: with_seeds(t) for k,t in table.items()} for table in meta.detached()]
     n_there = n_seeds or 1
     n_tasks = len(episodes)//n_there
-    sums = []
-    for seeds,first,n in _portions(n_there, n_tasks, calculus.portion):
+    def walked(seeds, first, n): # loss, score, gradients of a portion
         some = MetaParameters(*({k: t[seeds] for k,t in table.items()} for table in tables))
         e = episodes[first:first + n*len(range(n_there)[seeds])]
-        walk = _PortionWalk(calculus, n, weights, second_order, recompute, n_tasks, score)
-        sums.append(walk(some, e, {k: t[seeds] for k,t in total.items()}))
-    loss, found = (torch.cat(s).view(n_there, -1).sum(1)/n_tasks for s in zip(*sums))
+        own = {k: torch.zeros_like(t[seeds]) for k,t in total.items()}
+        with torch.no_grad():
+            walk = _PortionWalk(calculus, n, weights, second_order, recompute, n_tasks, score)
+            return *walk(some, e, own), own
+    portions = [*zip(*_portions(n_there, n_tasks, calculus.portion(episodes.support_x)))]
+    parts = [*(side_by_side if calculus.side_by_side else map)(walked, *portions)]
+    for seeds,(*_,own) in zip(portions[0], parts):
+        for k,t in own.items(): total[k][seeds] += t
+    loss, found = (torch.cat(s).view(n_there, -1).sum(1)/n_tasks for s in [*zip(*parts)][:2])
     if n_seeds: return loss, found, total
     return loss[0], found[0], {k: t[0] for k,t in total.items()}
 

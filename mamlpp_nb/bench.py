@@ -69,7 +69,7 @@ def _walk(calculus, **settings): # the inner loop backwards
     return gradient
 
 def _by_fours(net):
-    calculus = conv4_calculus(net, True)._replace(portion=4)
+    calculus = conv4_calculus(net, True)._replace(portion=lambda x: 4)
     return _walk(lambda forward: calculus)
 
 def _fast(net): return fast_gradient(net, compiled=True)

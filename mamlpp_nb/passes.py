@@ -6,10 +6,12 @@
 __all__ = ['Fused', 'written_out_for', 'conv4_calculus', 'ReadyImages', 'conv4_predict']
 
 # %% ../nbs/10_passes.ipynb #be723616
-import collections.abc as abc, logging, os, sys, weakref
+import collections.abc as abc, itertools, logging, os, sys, threading, weakref
 from pathlib import Path
+from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
+from .machine import side_by_side
 from .files import cache_folder
 from .network import Conv4, Weights
 from .adjoint import Calculus
@@ -62,55 +64,103 @@ def _beside(t:Tensor)->Tensor: # (tasks, channels)
     "To stand beside (tasks, images, height, width, channels)"
     return t[:,None,None,None]
 
-def _places(z:Tensor, k:int)->list[Tensor]: # (tasks, images, h, w, channels) each
-    "The k·k places of every pooling window"
-    h, w = z.shape[2]//k, z.shape[3]//k
-    return [z[:,:,i:h*k:k,j:w*k:k] for i in range(k) for j in range(k)]
+def _flat(t:Tensor)->Tensor: return t.flatten(0,1).permute(0,3,1,2) # images as the library knows them, channels last
 
-def _choose(places:list[Tensor], which:Tensor)->Tensor:
-    "In each window, the place that won"
-    chosen = places[-1]
-    for j in reversed(range(len(places)-1)): chosen = torch.where(which == j, places[j], chosen)
-    return chosen
+def _places(z:Tensor, window:abc.Sequence[int])->list[Tensor]: # (tasks, images, h, w, channels) each
+    "The places of every pooling window"
+    (k, l), (h, w) = window, (n//k for n,k in zip(z.shape[2:4], window))
+    return [z[:,:,i:h*k:k,j:w*l:l] for i in range(k) for j in range(l)]
 
-def _win(places:list[Tensor], sign:Tensor)->tuple[Tensor,Tensor]: # value, place
-    "The largest of each window (the smallest where gamma is negative)"
+def _largest(z:Tensor, window:abc.Sequence[int])->tuple[Tensor,Tensor]: # z (tasks, images, height, width, channels)
+    "The largest of each window, and where it stood: an index, or compiled the number of its place"
+    if torch.compiler.is_compiling(): return _won(_places(z, window))
+    found = F.max_pool2d(_flat(z), window, return_indices=True)
+    return tuple(t.permute(0,2,3,1).unflatten(0, z.shape[:2]) for t in found)
+
+def _won(places:list[Tensor])->tuple[Tensor,Tensor]: # value, place
     best, which = places[0], torch.zeros_like(places[0])
     for j,z in enumerate(places[1:], 1):
-        more = z*sign > best*sign
+        more = z > best
         best = torch.where(more, z, best)
         which = torch.where(more, float(j), which)
     return best, which
 
-def _spread(y:Tensor, which:Tensor, k:int, size:abc.Sequence[int])->Tensor: # (tasks, images, *size, channels)
+def _at_winners(z:Tensor, at:Tensor, window:abc.Sequence[int])->Tensor: # as `at`
+    "What stands in z where the largest stood"
+    if torch.compiler.is_compiling(): return _of_place(_places(z, window), at)
+    return z.flatten(2,3).gather(2, at.flatten(2,3)).view(at.shape)
+
+def _of_place(places:list[Tensor], which:Tensor)->Tensor:
+    chosen = places[-1]
+    for j in reversed(range(len(places)-1)): chosen = torch.where(which == j, places[j], chosen)
+    return chosen
+
+# %% ../nbs/10_passes.ipynb #a1e0c003
+def _spread(y:Tensor, at:Tensor, like:Tensor, window:abc.Sequence[int])->Tensor: # as `like`
     "Back to where the winners were, zero elsewhere"
-    if k == 1: return y
-    T, N, h, w, C = y.shape
-    H, W = size
-    place = torch.arange(k*k, device=y.device, dtype=y.dtype).view(k,1,k,1)
-    full = torch.where(which[:,:,:,None,:,None] == place, y[:,:,:,None,:,None], 0).reshape(T, N, h*k, w*k, C)
-    if (H,W) == (h*k,w*k): return full
-    return F.pad(full, (0,0, 0,W-w*k, 0,H-h*k)) # odd sizes: pooling drops the last row and column
+    if torch.compiler.is_compiling(): return _into_places(y, at, like.shape[2:4], window)
+    full = torch.ops.aten.max_pool2d_with_indices_backward(
+        _flat(y), _flat(like), window, window, [0,0], [1,1], False, _flat(at))
+    return full.permute(0,2,3,1).view(like.shape)
+
+def _into_places(y, which, size, window):
+    (T, N, h, w, C), (k, l), (H, W) = y.shape, window, size
+    place = torch.arange(k*l, device=y.device, dtype=y.dtype).view(k,1,l,1)
+    full = torch.where(which[:,:,:,None,:,None] == place, y[:,:,:,None,:,None], 0).reshape(T, N, h*k, w*l, C)
+    if (H,W) == (h*k,w*l): return full
+    return F.pad(full, (0,0, 0,W-w*l, 0,H-h*k)) # odd sizes: pooling drops the last row and column
 
 # %% ../nbs/10_passes.ipynb #00000021
-def _first_layer(c:Tensor, w:Tensor, k:int)->list[Tensor]: # c (tasks, images, h, w, taps), w (tasks, taps, out)
-    "The first convolution from columns, at the places of each window"
-    if not torch.compiler.is_compiling():
-        return [(p.flatten(1,3) @ w).view(*p.shape[:4], -1) for p in _places(c, k)]
-    # one pass that never leaves the registers
-    return [sum(p[...,t,None]*_beside(w[:,t]) for t in range(w.shape[1])) for p in _places(c, k)]
+# c: columns (tasks, images, places of a window, h, w, taps); w (tasks, taps, out); at (tasks, images, h, w, out)
+def _outputs(c:Tensor, w:Tensor)->Tensor: # (tasks, images, places, h·w, out): pooled by windows of `places` rows
+    "The first convolution from columns"
+    if torch.compiler.is_compiling(): # one pass that never leaves the registers
+        return sum(c[...,t,None]*w[:,t,None,None,None,None] for t in range(w.shape[1])).flatten(3,4)
+    return (c.flatten(1,4) @ w).view(*c.shape[:3], -1, w.shape[-1])
 
-def _taps(y:Tensor, which:Tensor, c:Tensor, k:int)->Tensor: # (tasks, taps, out)
+def _cuts(c:Tensor, n_out:int)->list[slice]: # of the images
+    "A few images at a time, whose outputs stay in the caches"
+    n = c.shape[1]
+    if c.is_cuda or torch.compiler.is_compiling(): return [slice(0, n)]
+    most = max(1, 2**18//(c[:,0,...,0].numel()*n_out))
+    return [slice(first, first+most) for first in range(0, n, most)]
+
+def _put_together(parts:abc.Sequence[Tensor], c:Tensor)->Tensor: # (tasks, images, h, w, out)
+    parts = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return parts.view(*c.shape[:2], *c.shape[3:5], -1)
+
+def _first_largest(c:Tensor, w:Tensor)->tuple[Tensor,Tensor]:
+    "The first convolution's largest output of each window, and where it stood"
+    found = [_largest(_outputs(c[:,cut], w), (c.shape[2],1)) for cut in _cuts(c, w.shape[2])]
+    return tuple(_put_together(parts, c) for parts in zip(*found))
+
+def _places_in_a_row(t:Tensor)->Tensor: return t.flatten(2,3)[:,:,None] # (tasks, images, 1, h·w, out)
+
+def _first_chosen(c:Tensor, w:Tensor, at:Tensor)->Tensor:
+    "What the first convolution has there"
+    rows = _places_in_a_row(at)
+    found = [_at_winners(_outputs(c[:,cut], w), rows[:,cut], (c.shape[2],1)) for cut in _cuts(c, w.shape[2])]
+    return _put_together(found, c)
+
+def _taps(y:Tensor, at:Tensor, c:Tensor)->Tensor: # (tasks, taps, out)
     "The sum over places of spread(y)·c"
-    places = _places(c, k)
-    if not torch.compiler.is_compiling() or k == 1:
-        def product(j, p): return p.flatten(1,3).transpose(1,2) @ torch.where(which == j, y, 0).flatten(1,3)
-        return sum(product(j, p) for j,p in enumerate(places))
-    def tap(t): return (_choose([p[...,t,None] for p in places], which)*y).sum((2,3))
+    y, at = _places_in_a_row(y), _places_in_a_row(at)
+    def product(cut):
+        some = c[:,cut]
+        if torch.compiler.is_compiling(): return _taps_of_winners(some, y, at)
+        full = _spread(y[:,cut], at[:,cut], y.new_empty(*some.shape[:3], *y.shape[3:]), (c.shape[2],1))
+        return some.flatten(1,4).transpose(1,2) @ full.flatten(1,3)
+    return sum(product(cut) for cut in _cuts(c, y.shape[4]))
+
+def _taps_of_winners(c, y, which): # tap by tap, without anything of full size
+    places = [p.flatten(2,3) for p in c.unbind(2)]
+    def tap(t): return (_of_place([p[...,t,None] for p in places], which[:,:,0])*y[:,:,0]).sum(2)
     return torch.stack([tap(t) for t in range(c.shape[-1])], 2).sum(1)
 
 # %% ../nbs/10_passes.ipynb #00000023
 _slope, _eps = .01, 1e-5 # of leaky ReLU and of batch norm, as in `Conv4`
+
+def _relu_back(g:Tensor, a:Tensor)->Tensor: return torch.ops.aten.leaky_relu_backward(g, a, _slope, False)
 
 def _features(x:Tensor, k:int)->Tensor: # x (tasks, images, height, width, channels)
     "What the head sees"
@@ -120,28 +170,45 @@ def _features_back(g:Tensor, like:Tensor, k:int)->Tensor: # shaped as `like`
     if k == 1: return (g[:,:,None,None]/(like.shape[2]*like.shape[3])).expand_as(like)
     return g.unflatten(2, (like.shape[4], *like.shape[2:4])).permute(0,1,3,4,2)
 
-def _statistics(z:Tensor|None, gamma:Tensor, w:Tensor, cov:Tensor)->tuple[Tensor,Tensor]: # (tasks, channels) each
-    "Mean and variance that batch norm sees; z None: of the first layer, whose columns have mean 0"
-    if z is None: return torch.zeros_like(gamma), (w*(cov @ w)).sum(1) # no look at the large output
-    mean = z.mean((1,2,3))
-    return mean, (z - _beside(mean)).square().mean((1,2,3))
+def _centred(z:Tensor, given:tuple|None)->tuple[Tensor,Tensor,Tensor]: # z about its mean, in place; mean, variance
+    "What batch norm sees: (tasks, channels) each"
+    mean, var = given or (z.mean((1,2,3)), None)
+    z.sub_(_beside(mean))
+    return z, mean, z.square().mean((1,2,3)) if var is None else var
 
-# w, gamma, beta: a list of four; k, stride: of pooling and convolutions; given: means and variances, four pairs
-def _conv4_forward(w, gamma, beta, head, bias, c, cov, k, stride, given=None):
-    "Logits, what the head sees, what each block leaves for the way back, each batch norm's mean and variance"
-    blocks, norms, x = [], [], None
+def _first_block(c:Tensor, w:Tensor, cov:Tensor, given:tuple|None)->tuple: # its columns have mean 0
+    "Winners about the mean, where they stood, mean and variance; the large output is never looked at"
+    best, at = _first_largest(c, w)
+    if given is None: return best, at, torch.zeros_like(w[:,0]), (w*(cov @ w)).sum(1)
+    return best - _beside(given[0]), at, *given
+
+class _Block(NamedTuple): # what a block leaves for the way back
+    x:Tensor|None  # its input
+    z:Tensor|None  # the convolution's output about its mean; of the first block only the winners are ever there
+    size:tuple     # height and width of z
+    r:Tensor       # 1/σ
+    at:Tensor|None # where the winners stood
+    q:Tensor       # winners, normalised: max-pooling commutes with what comes after
+    a:Tensor       # γq + β
+
+# w, gamma, beta: a list of four, gammas above 0; size: of the first convolution's output;
+# k, stride: of pooling and convolutions; given: means and variances, four pairs
+def _conv4_forward(w, gamma, beta, head, bias, c, cov, size, k, stride, given=None):
+    "Logits, what the head sees, the blocks, each batch norm's mean and variance"
+    blocks, norms, x, z = [], [], None, None
     for i in range(4):
-        z = _convolve(x, w[i], stride) if i else None # of the first layer only the winners are ever there
-        size = z.shape[2:4] if i else c.shape[2:4]
-        mean, var = _statistics(z, gamma[i], w[i], cov) if given is None else given[i]
-        best, which = _win(_places(z, k) if i else _first_layer(c, w[0], k), _beside(gamma[i].sign()))
+        own = given and given[i]
+        if i:
+            z, mean, var = _centred(_convolve(x, w[i], stride), own)
+            best, at = _largest(z, (k,k)) if k > 1 else (z, None)
+            size = z.shape[2:4]
+        else: best, at, mean, var = _first_block(c, w[0], cov, own)
         r = (var + _eps).rsqrt()
-        q = (best - _beside(mean))*_beside(r) # normalised winners: max-pooling commutes with what comes after
-        a = _beside(gamma[i])*q + _beside(beta[i])
-        slope = _slope + (1-_slope)*(a > 0).to(a.dtype)
-        blocks.append((x, z, size, mean, r, which, q, slope))
+        q = best*_beside(r)
+        a = torch.addcmul(_beside(beta[i]), q, _beside(gamma[i]))
+        blocks.append(_Block(x, z, size, r, at, q, a))
         norms.append((mean, var))
-        x = a*slope
+        x = F.leaky_relu(a, _slope)
     f = _features(x, k)
     return f @ head.transpose(1,2) + bias[:,None], f, blocks, norms
 
@@ -150,51 +217,58 @@ def _over_taps(t:Tensor)->Tensor: # (tasks, channels)
     "To stand beside (tasks, taps, channels)"
     return t[:,None]
 
-def _conv4_gradient(w, gamma, beta, head, bias, c, cov, y, k, stride):
+def _to_places(dy:Tensor, b:_Block, k:int)->Tensor: # a new tensor, as z
+    return _spread(dy, b.at, b.z, (k,k)) if k > 1 else dy
+
+def _conv4_gradient(w, gamma, beta, head, bias, c, cov, size, y, k, stride):
     "Loss, logits, derivatives by w, gamma, beta, head, bias; and what `_conv4_product` reads"
-    logits, f, blocks, _ = _conv4_forward(w, gamma, beta, head, bias, c, cov, k, stride)
+    logits, f, blocks, _ = _conv4_forward(w, gamma, beta, head, bias, c, cov, size, k, stride)
     n = y.shape[1]
     p = logits.softmax(2)
     truth = (y[...,None] == torch.arange(logits.shape[2], device=y.device)).to(logits.dtype)
     loss = -(logits.log_softmax(2)*truth).sum(2).mean(1)
     dl = (p - truth)/n
-    dx = _features_back(dl @ head, blocks[3][-1], k)
+    dx = _features_back(dl @ head, blocks[3].a, k)
     dw, dgamma, dbeta, dys, dzs = ([None]*4 for _ in range(5))
     for i in (3,2,1,0): # backwards
-        x, z, size, mean, r, which, q, slope = blocks[i]
-        m = n*size[0]*size[1] # places of a channel
-        dy = dx*slope
-        dbeta[i] = dy.sum((1,2,3))
-        dgamma[i] = (dy*q).sum((1,2,3))
-        dys[i] = dy
+        b = blocks[i]
+        m = n*b.size[0]*b.size[1] # places of a channel
+        dys[i] = _relu_back(dx, b.a)
+        dbeta[i] = dys[i].sum((1,2,3))
+        dgamma[i] = (dys[i]*b.q).sum((1,2,3))
+        scale = gamma[i]*b.r
         if i:
-            dzs[i] = _beside(gamma[i]*r)*(_spread(dy, which, k, size) - _beside(dbeta[i]/m)
-                                          - (z - _beside(mean))*_beside(r*dgamma[i]/m))
-            dx, dw[i] = _convolve_back(dzs[i], x, w[i], stride)
+            dz = _to_places(dys[i]*_beside(scale), b, k)
+            dzs[i] = dz.addcmul_(b.z, _beside(scale*b.r*dgamma[i]/-m)).sub_(_beside(scale*dbeta[i]/m))
+            dx, dw[i] = _convolve_back(dzs[i], b.x, w[i], stride)
         else:
-            by_gamma = _over_taps(r*dgamma[0])*(cov @ w[0])
-            dw[0] = _over_taps(gamma[0]*r)*(_taps(dy, which, c, k) - by_gamma)
+            by_gamma = _over_taps(b.r*dgamma[0])*(cov @ w[0])
+            dw[0] = _over_taps(scale)*(_taps(dys[0], b.at, c) - by_gamma)
     kept = blocks, dys, dzs, dw[0], dgamma, dbeta, f, p, dl
     return loss, logits, dw, dgamma, dbeta, dl.transpose(1,2) @ f, dl.sum(1), kept
 
 # %% ../nbs/10_passes.ipynb #ee919dc3
-def _conv4_along(w, gamma, c, cov, blocks, v, k, stride): # a dot (Newton's) in the equations is a t here
-    "What v changes: the features, and in each block its input, z, mean, s and q"
-    moved, xt = [], None
-    for i in range(4):
-        x, z, size, mean, r, which, q, slope = blocks[i]
+class _Moved(NamedTuple): # what v changes in a block
+    xt:Tensor|None # a dot (Newton's) in the equations is a t here
+    zt:Tensor|None # about its mean
+    s:Tensor
+    qt:Tensor
+
+def _conv4_along(w, gamma, c, cov, blocks, v, k, stride):
+    "The features' derivative along v, and what moves in each block"
+    moved, xt, zt = [], None, None
+    for i,b in enumerate(blocks):
         if i == 0:
-            zt, meant = None, torch.zeros_like(mean)
-            s = r*(v[0]*(cov @ w[0])).sum(1)
-            best = _choose(_first_layer(c, v[0], k), which)
+            s = b.r*(v[0]*(cov @ w[0])).sum(1)
+            best = _first_chosen(c, v[0], b.at)
         else:
-            zt = _convolve(xt, w[i], stride) + _convolve(x, v[i], stride)
-            meant = zt.mean((1,2,3))
-            s = r*((z - _beside(mean))*zt).mean((1,2,3))
-            best = _choose(_places(zt, k), which)
-        qt = _beside(r)*(best - _beside(meant) - q*_beside(s))
-        moved.append((xt, zt, meant, s, qt))
-        xt = _beside(gamma[i])*qt*slope
+            zt = _convolve(xt, w[i], stride).add_(_convolve(b.x, v[i], stride))
+            zt.sub_(_beside(zt.mean((1,2,3))))
+            s = b.r*(b.z*zt).mean((1,2,3))
+            best = _at_winners(zt, b.at, (k,k)) if k > 1 else zt
+        qt = torch.addcmul(best, b.q, _beside(s), value=-1).mul_(_beside(b.r))
+        moved.append(_Moved(xt, zt, s, qt))
+        xt = _relu_back(qt*_beside(gamma[i]), b.a)
     return xt, moved
 
 # %% ../nbs/10_passes.ipynb #43e6e2b4
@@ -208,44 +282,55 @@ def _conv4_product(w, gamma, head, c, cov, kept, v, v_head, v_bias, k, stride):
     dxt = _features_back(dlt @ head + dl @ v_head, xt, k)
     dwt, dgammat, dbetat = ([None]*4 for _ in range(3))
     for i in (3,2,1,0):
-        x, z, size, mean, r, which, q, slope = blocks[i]
-        xt, zt, meant, s, qt = moved[i]
-        m = n*size[0]*size[1]
-        dyt = dxt*slope
+        b, (xt, zt, s, qt) = blocks[i], moved[i]
+        m = n*b.size[0]*b.size[1]
+        dyt = _relu_back(dxt, b.a)
         dbetat[i] = dyt.sum((1,2,3))
-        dgammat[i] = (dyt*q + dys[i]*qt).sum((1,2,3))
+        dgammat[i] = torch.addcmul(dyt*b.q, dys[i], qt).sum((1,2,3))
+        scale = gamma[i]*b.r
         if i:
-            u = (z - _beside(mean))*_beside(r)
-            ut = _beside(r)*(zt - _beside(meant) - u*_beside(s))
-            dzt = _beside(gamma[i]*r)*(_spread(dyt, which, k, size) - _beside(dbetat[i]/m) - ut*_beside(dgamma[i]/m)
-                                       - u*_beside(dgammat[i]/m)) - _beside(r*s)*dzs[i]
-            dxt, by_w = _convolve_back(dzt, x, w[i], stride)
+            dzt = _to_places(dyt*_beside(scale), b, k)
+            dzt.sub_(_beside(scale*dbetat[i]/m)).addcmul_(zt, _beside(scale*b.r*dgamma[i]/-m))
+            dzt.addcmul_(b.z, _beside(scale*b.r*(b.r*s*dgamma[i] - dgammat[i])/m)).addcmul_(dzs[i], _beside(-b.r*s))
+            dxt, by_w = _convolve_back(dzt, b.x, w[i], stride)
             more, by_v = _convolve_back(dzs[i], xt, v[i], stride)
             dxt = dxt + more
             dwt[i] = by_w + by_v
         else:
             cw, cv = cov @ w[0], cov @ v[0]
-            by_gamma = _over_taps(r*dgamma[0])*(cv - _over_taps(r*s)*cw)
-            more = _over_taps(r*dgammat[0])*cw
-            dwt[0] = _over_taps(gamma[0]*r)*(_taps(dyt, which, c, k) - by_gamma - more) - _over_taps(r*s)*dw0
+            by_gamma = _over_taps(b.r*dgamma[0])*(cv - _over_taps(b.r*s)*cw)
+            more = _over_taps(b.r*dgammat[0])*cw
+            dwt[0] = _over_taps(scale)*(_taps(dyt, b.at, c) - by_gamma - more) - _over_taps(b.r*s)*dw0
     return dwt, dgammat, dbetat, dlt.transpose(1,2) @ f + dl.transpose(1,2) @ ft, dlt.sum(1)
 
 # %% ../nbs/10_passes.ipynb #00000025
 class Fused:
     "A function that is compiled at its first call, or runs as it is where that fails"
     told = False # say so once
+    hopeless = False # there is no compiler
+    one = threading.RLock()
     def __init__(self, f:abc.Callable): # of tensors, and of what a program is made for
         self.plain = f
         self.f = None
+        self.known = set() # shapes it was compiled for
 
     def __call__(self, *arguments):
-        if self.f is None: self.f = self.compiled()
+        shapes = str([a.shape for a in arguments if isinstance(a, Tensor)])
+        if shapes in self.known: return self.f(*arguments)
+        with Fused.one: # tasks side by side wait for one compilation
+            found = self._first(*arguments)
+            self.known.add(shapes)
+        return found
+
+    def _first(self, *arguments):
+        if self.f is None: self.f = self.plain if Fused.hopeless else self.compiled()
         try: return self.f(*arguments)
         except _compiler_errors() as e:
             if not Fused.told:
                 print(f'torch.compile does not work here ({str(e).strip().splitlines()[0]}): the meta-step runs '
                       'uncompiled, which is slower', file=sys.stderr, flush=True)
             Fused.told = True
+            Fused.hopeless = isinstance(e, torch._inductor.exc.InvalidCxxCompiler)
             self.f = self.plain
             return self.f(*arguments)
 
@@ -277,9 +362,10 @@ def written_out_for(
 
 def _geometry(net:Conv4)->tuple[int,int]: return (1, 2) if net.strided else (2, 1) # pooling, stride
 
-def _tasks_at_once(net:Conv4, compiled:bool)->int: # a CPU's caches are small, and Python's overhead is large
-    if next(net.parameters()).is_cuda: return 10**6
-    return 1 if compiled else 4
+def _tasks_at_once(net:Conv4, x:Tensor)->int: # x (tasks, images, channels, height, width)
+    "A CPU's caches are small; two at a time are worth it where they are much larger than a pass"
+    if x.is_cuda: return 10**6
+    return 2 if x[0,:,0].numel()*net.conv0.out_channels < 2**18 else 1
 
 def _covariance(c:Tensor)->Tensor: # c (tasks, images, h, w, taps) of mean 0; (tasks, taps, taps)
     "Short sums in the precision of c, the sum of them in float64"
@@ -287,14 +373,21 @@ def _covariance(c:Tensor)->Tensor: # c (tasks, images, h, w, taps) of mean 0; (t
     sums = (rows.transpose(1,2) @ rows).double().unflatten(0, (len(c), -1)).sum(1)
     return sums.div(c[0,...,0].numel()).to(c.dtype)
 
-def _prepare(net:Conv4, x:Tensor)->tuple[Tensor,Tensor,Tensor]: # x (tasks, images, channels, height, width)
-    "Columns about their mean, their covariance, their mean"
+class _Ready(NamedTuple): # images as the passes want them
+    c:Tensor    # columns about their mean, (tasks, images, places of a window, h, w, taps)
+    cov:Tensor  # (tasks, taps, taps), over all places, those that pooling drops too
+    size:tuple  # height and width of the first convolution's output
+    mean:Tensor # (tasks, taps)
+
+def _prepare(net:Conv4, x:Tensor)->_Ready: # x (tasks, images, channels, height, width)
+    "Called once per episode"
     for hook in net._forward_pre_hooks.values():
         x = hook(net, (x.flatten(0,1),))[0].unflatten(0, x.shape[:2])
-    c = _columns(x.permute(0,1,3,4,2), _geometry(net)[1])
+    k, stride = _geometry(net)
+    c = _columns(x.permute(0,1,3,4,2), stride)
     mean = (c.sum(3).double().mean((1,2))/c.shape[3]).to(c.dtype)
     c.sub_(_beside(mean))
-    return c, _covariance(c), mean
+    return _Ready(torch.stack(_places(c, (k,k)), 2), _covariance(c), c.shape[2:4], mean)
 
 # %% ../nbs/10_passes.ipynb #b9c2725f
 _convs, _batch_norms = [f'conv{i}.weight' for i in range(4)], [f'norm{i}' for i in range(4)]
@@ -306,17 +399,28 @@ def _kernels(w:Weights)->list[Tensor]: # (tasks, taps, out), then three (tasks, 
     "Kernels in the layout the passes like"
     return [w[_convs[0]].flatten(2).transpose(1,2).contiguous(), *(_channels_last(w[k]) for k in _convs[1:])]
 
-def _for_passes(w:Weights)->tuple: # kernels, gammas, betas, head, its bias
-    "The arguments of the passes, as far as they are weights"
-    gammas, betas = ([w[f'{n}.{part}'] for n in _batch_norms] for part in ('weight','bias'))
-    return _kernels(w), gammas, betas, w['head.weight'], w['head.bias']
+def _signs(w:Weights)->list[Tensor]: # four of (tasks, channels)
+    "1, and -1 where a gamma is negative"
+    gammas = (w[f'{n}.weight'] for n in _batch_norms)
+    return [torch.ones_like(g).copysign(g) for g in gammas]
 
-def _under_names(dw, dgamma, dbeta, dhead, dbias, like:Weights)->Weights: # kernels shaped as in `like`
+def _by_signs(kernels:list[Tensor], signs:list[Tensor])->list[Tensor]:
+    first, *others = kernels
+    return [first*_over_taps(signs[0]), *(w*s[:,:,None,None,None] for w,s in zip(others, signs[1:]))]
+
+def _for_passes(w:Weights, signs:list[Tensor])->tuple: # kernels, gammas, betas, head, its bias
+    "The arguments of the passes, as far as they are weights"
+    betas = [w[f'{n}.bias'] for n in _batch_norms]
+    gammas = [w[f'{n}.weight'].abs() for n in _batch_norms]
+    return _by_signs(_kernels(w), signs), gammas, betas, w['head.weight'], w['head.bias']
+
+def _under_names(dw, dgamma, dbeta, dhead, dbias, signs, like:Weights)->Weights: # kernels shaped as in `like`
     "What the passes return, by the names of the weights"
+    dw = _by_signs(dw, signs)
     first = dw[0].transpose(1,2).reshape(like[_convs[0]].shape)
     found = dict(zip(_convs, [first, *dw[1:]]))
     found |= {'head.weight': dhead, 'head.bias': dbias}
-    found |= {f'{n}.weight': g for n,g in zip(_batch_norms, dgamma)}
+    found |= {f'{n}.weight': g*s for n,g,s in zip(_batch_norms, dgamma, signs)}
     found |= {f'{n}.bias': b for n,b in zip(_batch_norms, dbeta)}
     return found
 
@@ -331,25 +435,23 @@ def conv4_calculus(
     fuse = Fused if compiled else lambda f: f
     first, second = fuse(_conv4_gradient), fuse(_conv4_product)
     def prepare(x): return _prepare(net, x)
+    def portion(x): return _tasks_at_once(net, x)
     def gradient(weights, x, y):
-        c, cov, _ = x
-        loss, logits, *found, kept = first(*_for_passes(weights), c, cov, y, *geometry)
-        return loss, logits, _under_names(*found, like=weights), (x, kept)
+        signs = _signs(weights)
+        arguments = _for_passes(weights, signs)
+        loss, logits, *found, kept = first(*arguments, x.c, x.cov, x.size, y, *geometry)
+        return loss, logits, _under_names(*found, signs, weights), (x, signs, arguments, kept)
     def product(weights, kept, v):
-        (c, cov, _), kept = kept
-        gammas = [weights[f'{n}.weight'] for n in _batch_norms]
-        along = _kernels(v), v['head.weight'], v['head.bias']
-        found = second(_kernels(weights), gammas, weights['head.weight'], c, cov, kept, *along, *geometry)
-        return _under_names(*found, like=weights)
-    return Calculus(prepare, gradient, product, _tasks_at_once(net, compiled))
+        x, signs, (kernels, gammas, _, head, _), kept = kept
+        along = _by_signs(_kernels(v), signs), v['head.weight'], v['head.bias']
+        return _under_names(*second(kernels, gammas, head, x.c, x.cov, kept, *along, *geometry), signs, weights)
+    return Calculus(prepare, gradient, product, portion, side_by_side=True)
 
 # %% ../nbs/10_passes.ipynb #e1dd4256
 class ReadyImages:
     "The last images, as the passes want them, for as long as the images are there"
-    def __init__(self,
-                 net:Conv4, # its architecture counts, not its weights
-                 compiled:bool=False): # for fused passes?
-        self.net, self.portion = net, _tasks_at_once(net, compiled)
+    def __init__(self, net:Conv4): # its architecture counts, not its weights
+        self.net = net
         self._forget()
 
     def _forget(self, _=None):
@@ -358,18 +460,19 @@ class ReadyImages:
 
     def __call__(self, x:Tensor)->list: # x (tasks, images, channels, height, width); an entry per portion
         if self.last() is not x:
-            self.kept = [_prepare(self.net, part) for part in x.split(self.portion)]
+            parts = x.split(_tasks_at_once(self.net, x))
+            self.kept = side_by_side(lambda part: _prepare(self.net, part), parts)
             self.last = weakref.ref(x, self._forget)
         return self.kept
 
 # %% ../nbs/10_passes.ipynb #7b4d8e94
 def _running(i:int)->tuple[str,str]: return f'{_batch_norms[i]}.running_mean', f'{_batch_norms[i]}.running_var'
 
-def _counts(c:Tensor, k:int, stride:int)->list[int]: # c: columns of the first layer
+def _counts(n_images:int, size:abc.Sequence[int], k:int)->list[int]: # size: of the first convolution's output
     "Of how many numbers each of the four batch norms takes the mean"
-    size, counts = c.shape[2:4], []
+    counts = []
     for _ in range(4):
-        counts.append(c.shape[1]*size[0]*size[1])
+        counts.append(n_images*size[0]*size[1])
         size = [n//2 if k == 2 else (n-1)//2 + 1 for n in size]
     return counts
 
@@ -379,15 +482,16 @@ def _conv4_logits(*arguments): # as of `_conv4_forward`
 
 def _predict_portion(passes, geometry, weights, x, given): # x: from `_prepare`
     "Logits and statistics of a portion; the passes leave out the shift that batch norm takes away"
-    c, cov, centre = x
-    w, *rest = _for_passes(weights)
+    signs = _signs(weights)
+    w, *rest = _for_passes(weights, signs)
     shifts = [weights[f'conv{i}.bias'] for i in range(4)]
-    shifts[0] = shifts[0] + (centre[:,None] @ w[0])[:,0]
-    norms = given and [(given[m] - s, given[v]) for s,(m,v) in zip(shifts, map(_running, range(4)))]
-    logits, found = passes(w, *rest, c, cov, *geometry, norms)
-    statistics = {}
-    for i,((mean,var),s,n) in enumerate(zip(found, shifts, _counts(c, *geometry))):
-        statistics |= zip(_running(i), (mean + s, var*(n/(n-1))))
+    shifts[0] = shifts[0] + (x.mean[:,None] @ w[0])[:,0]*signs[0]
+    norms = None
+    if given: norms = [((given[m] - t)*s, given[v]) for s,t,(m,v) in zip(signs, shifts, map(_running, range(4)))]
+    logits, found = passes(w, *rest, x.c, x.cov, x.size, *geometry, norms)
+    statistics, counts = {}, _counts(x.c.shape[1], x.size, geometry[0])
+    for i,((mean,var),s,t,n) in enumerate(zip(found, signs, shifts, counts)):
+        statistics |= zip(_running(i), (mean*s + t, var*(n/(n-1))))
     return logits, statistics
 
 # %% ../nbs/10_passes.ipynb #9d468bf1
@@ -397,16 +501,18 @@ def conv4_predict(
 # (weights, images from `ReadyImages`, statistics or None for the images' own) -> logits, and the statistics by
 # PyTorch's names
 )->abc.Callable[[Weights,list,Weights|None],tuple[Tensor,Weights]]:
-    "The network forwards, with the statistics of its batch norms; without a graph where the caller asks for none"
-    geometry, portion = _geometry(net), _tasks_at_once(net, compiled)
+    "The network forwards, with the statistics of its batch norms, without a graph"
+    geometry = _geometry(net)
     passes = Fused(_conv4_logits) if compiled else _conv4_logits
+    @torch.no_grad()
+    def one(first, x, weights, given):
+        cut = slice(first, first+len(x.c))
+        some = {k: w[cut] for k,w in weights.items()}
+        theirs = given and {k: t[cut] for k,t in given.items()}
+        return _predict_portion(passes, geometry, some, x, theirs)
     def predict(weights, ready, given=None):
-        parts = []
-        for i,x in enumerate(ready):
-            cut = slice(i*portion, (i+1)*portion)
-            some = {k: w[cut] for k,w in weights.items()}
-            theirs = given and {k: t[cut] for k,t in given.items()}
-            parts.append(_predict_portion(passes, geometry, some, x, theirs))
+        firsts = itertools.accumulate((len(x.c) for x in ready[:-1]), initial=0)
+        parts = side_by_side(lambda first, x: one(first, x, weights, given), firsts, ready)
         statistics = {k: torch.cat([found[k] for _,found in parts]) for k in parts[0][1]}
         return torch.cat([logits for logits,_ in parts]), statistics
     return predict

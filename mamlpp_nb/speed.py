@@ -10,6 +10,7 @@ __all__ = ['fast_gradient', 'worth_compiling', 'fast_inner_loop', 'fast_predicts
 import collections.abc as abc, contextlib
 import torch
 from torch import nn, Tensor
+from .machine import side_by_side
 from .progress import tell_once
 from .network import Weights
 from .maml import MetaParameters, at_step, check_labels, each_by_itself, gradient_step, inner_loop
@@ -82,15 +83,18 @@ def fast_inner_loop(
 
 def _adapted(calculus, meta, x, y, n_steps): # the fast weights of all tasks after each step
     "Portion by portion"
-    cuts = [slice(first, first+calculus.portion) for first in range(0, len(x), calculus.portion)]
+    each, portion = side_by_side if calculus.side_by_side else map, calculus.portion(x)
+    cuts = [slice(first, first+portion) for first in range(0, len(x), portion)]
+    @torch.no_grad()
     def begin(cut):
         fast = {k: w.expand(len(x[cut]), *w.shape) for k,w in meta.start.items()}
         return calculus.prepare(x[cut]), y[cut], fast
-    with torch.no_grad(): tasks = [begin(cut) for cut in cuts]
+    tasks = [*each(begin, cuts)]
     for i in range(n_steps):
-        with torch.no_grad(): tasks = [(x, y, _inner_step(calculus, meta, fast, x, y, i)) for x,y,fast in tasks]
+        tasks = [*each(lambda x, y, fast: (x, y, _inner_step(calculus, meta, fast, x, y, i)), *zip(*tasks))]
         yield {k: torch.cat([fast[k] for *_,fast in tasks]) for k in meta.start}
 
+@torch.no_grad()
 def _inner_step(calculus, meta, fast, x, y, i):
     g = calculus.gradient(at_step(meta, fast, i), x, y)[2]
     alpha = row(meta.step_sizes, i)
@@ -104,12 +108,9 @@ def fast_predicts(
     "All ways to predict targets, fast"
     if not written_out_for(net): return {norm: predict_targets(net, norm) for norm in target_norms}
     predict = conv4_predict(net, compiled)
-    targets, supports = ReadyImages(net, compiled), ReadyImages(net, compiled)
-    @torch.no_grad()
+    targets, supports = ReadyImages(net), ReadyImages(net)
     def by_targets(weights, e): return predict(weights, targets(e.target_x))[0]
-    @torch.no_grad()
     def by_running(weights, e): return predict(weights, targets(e.target_x), statistics_among(net, weights))[0]
-    @torch.no_grad()
     def by_support(weights, e):
         ready = targets(e.target_x)
         _, statistics = predict(weights, supports(e.support_x))
@@ -122,8 +123,7 @@ def fast_statistics(
 )->Look: # for `gather_statistics`, in place of `with_statistics`; without a graph
     "The network with its statistics, fast"
     if not written_out_for(net): return with_statistics(net)
-    predict, ready = conv4_predict(net, compiled), ReadyImages(net, compiled)
-    @torch.no_grad()
+    predict, ready = conv4_predict(net, compiled), ReadyImages(net)
     def look(weights, x): return predict(weights, ready(x))
     return look
 

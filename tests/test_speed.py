@@ -60,7 +60,7 @@ def test_every_method_with_every_road(drawn, method):
         net = Conv4(3, filters=6, strided=strided).double()
         meta, parts = scattered(net, method, e), loss_parts(find_method(method), Schedule(first_order_epochs=0), 0, n_steps)
         loss, exact = naive(net, meta, e, **parts)
-        for calculus, recompute in itertools.product((conv4_calculus(net), conv4_calculus(net)._replace(portion=2), autograd_calculus(task_batched(net), 2)), (False, True)):
+        for calculus, recompute in itertools.product((conv4_calculus(net), conv4_calculus(net)._replace(portion=lambda x: 2), autograd_calculus(task_batched(net), 2)), (False, True)):
             agree(adjoint_gradient(calculus, meta, e, recompute=recompute, **parts), loss, exact, 1e-9)
 
 
@@ -197,6 +197,32 @@ def outer_steps(drawn, seeds, method='mamlpp', captured=False, changed=lambda gr
                       replayed=replay_on('cpu') if captured else None, **settings)
 
 
+@pytest.fixture
+def one_thread():
+    "The tape sees what its own thread does."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_change_no_bit(drawn):
+    "Tasks go side by side where torch may use more than one core"
+    e, net, found = EpisodeSampler(drawn['train'], 5, rotate=True)(0, 5), Conv4(5, filters=8), []
+    meta = scattered(net, 'mamlpp', e)
+    before = torch.get_num_threads()
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        try:
+            *rest, gradients = fast_gradient(net)(None, meta, e)
+            *_, fast = fast_inner_loop(net)(None, meta, e.support_x, e.support_y)
+            logits = fast_predicts(net)['support'](at_step(meta, fast, 4), e)
+            assert torch.get_num_threads() == n
+        finally: torch.set_num_threads(before)
+        found.append([*rest, *gradients.values(), *fast.values(), logits])
+    for other in found[1:]: assert all(a.equal(b) for a, b in zip(found[0], other, strict=True))
+
+
 plan = [(0, 3, 2e-3, dict(second_order=True, loss_weights=[.2, .3, .5])), (3, 2, 1e-3, dict(second_order=True, loss_weights=[.1, .1, .8])), (5, 2, 5e-4, dict(second_order=False, loss_weights=[0., 0., 1.])), (7, 4, 5e-4, dict(second_order=True)), (11, 2, 1e-4, dict(second_order=True, loss_weights=[.2, .3, .5]))]
 
 
@@ -204,7 +230,7 @@ def go(steps): return torch.cat([steps.run(first, n, rate, n_steps=3, **parts) f
 
 
 @pytest.mark.parametrize('seeds, clamp', [([0, 1], .05), *(pytest.param(*more, marks=pytest.mark.weekly) for more in (([0], .05), ([0], 0.), ([0, 1, 2], 0.), ([0, 1, 2], .05)))])
-def test_a_captured_step_does_what_an_uncaptured_one_does(drawn, monkeypatch, seeds, clamp):
+def test_a_captured_step_does_what_an_uncaptured_one_does(drawn, one_thread, monkeypatch, seeds, clamp):
     "Rates, weights of losses, iteration, clamping and running average are read anew by every replay, and no value is looked at"
     plain, taped = (outer_steps(drawn, seeds, clamp=clamp, captured=c) for c in (False, True))
     monkeypatch.setattr(speed, 'capture', tape.capture)
@@ -218,7 +244,7 @@ def test_the_tape_refuses_looks():
     with pytest.raises(RuntimeError, match='capturing'), tape.Tape(): torch.ones(1).item()
 
 
-def test_what_cannot_be_captured_runs_as_it_is_and_says_so(drawn, monkeypatch, capsys):
+def test_what_cannot_be_captured_runs_as_it_is_and_says_so(drawn, one_thread, monkeypatch, capsys):
     "`meta_gradient` looks at labels and at the weights of losses"
     plain, taped = (outer_steps(drawn, [0], captured=c, changed=lambda gradient: meta_gradient) for c in (False, True))
     monkeypatch.setattr('mamlpp_nb.progress._told', set())
@@ -244,7 +270,7 @@ def test_seeds_in_any_portions(drawn, portion, method):
     batches = [double(EpisodeSampler(drawn['train'], 3, 1, 1, s)(0, 3)) for s in range(3)]
     metas = [scattered(n, method, e) for n, e in zip(nets, batches)]
     parts = dict(n_steps=3, loss_weights=[.2, 0., .8])
-    found = adjoint_gradient(conv4_calculus(nets[0])._replace(portion=portion), stack_seeds(metas), join_episodes(batches), n_seeds=3, **parts)
+    found = adjoint_gradient(conv4_calculus(nets[0])._replace(portion=lambda x: portion), stack_seeds(metas), join_episodes(batches), n_seeds=3, **parts)
     for s in range(3):
         alone = adjoint_gradient(conv4_calculus(nets[0]), metas[s], batches[s], **parts)
         assert found[0][s].allclose(alone[0], rtol=1e-10) and found[1][s].allclose(alone[1])
