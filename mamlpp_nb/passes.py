@@ -6,12 +6,13 @@
 __all__ = ['Fused', 'written_out_for', 'conv4_calculus', 'ReadyImages', 'conv4_predict']
 
 # %% ../nbs/10_passes.ipynb #be723616
-import collections.abc as abc, itertools, logging, os, sys, threading, weakref
+import collections.abc as abc, functools, itertools, logging, os, threading, weakref
 from pathlib import Path
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .machine import side_by_side
+from .progress import tell_once
 from .files import cache_folder
 from .network import Conv4, Weights
 from .adjoint import Calculus
@@ -122,7 +123,7 @@ def _cuts(c:Tensor, n_out:int)->list[slice]: # of the images
     "A few images at a time, whose outputs stay in the caches"
     n = c.shape[1]
     if c.is_cuda or torch.compiler.is_compiling(): return [slice(0, n)]
-    most = max(1, 2**18//(c[:,0,...,0].numel()*n_out))
+    most = max(1, 2**20//(c[:,0,...,0].numel()*n_out))
     return [slice(first, first+most) for first in range(0, n, most)]
 
 def _put_together(parts:abc.Sequence[Tensor], c:Tensor)->Tensor: # (tasks, images, h, w, out)
@@ -306,9 +307,7 @@ def _conv4_product(w, gamma, head, c, cov, kept, v, v_head, v_bias, k, stride):
 # %% ../nbs/10_passes.ipynb #00000025
 class Fused:
     "A function that is compiled at its first call, or runs as it is where that fails"
-    told = False # say so once
-    hopeless = False # there is no compiler
-    one = threading.RLock()
+    one = threading.RLock() # tasks side by side wait for one compilation
     def __init__(self, f:abc.Callable): # of tensors, and of what a program is made for
         self.plain = f
         self.f = None
@@ -317,20 +316,20 @@ class Fused:
     def __call__(self, *arguments):
         shapes = str([a.shape for a in arguments if isinstance(a, Tensor)])
         if shapes in self.known: return self.f(*arguments)
-        with Fused.one: # tasks side by side wait for one compilation
+        with Fused.one:
             found = self._first(*arguments)
             self.known.add(shapes)
         return found
 
     def _first(self, *arguments):
-        if self.f is None: self.f = self.plain if Fused.hopeless else self.compiled()
-        try: return self.f(*arguments)
+        try:
+            if self.f is None:
+                _try_compiler()
+                self.f = self.compiled()
+            return self.f(*arguments)
         except _compiler_errors() as e:
-            if not Fused.told:
-                print(f'torch.compile does not work here ({str(e).strip().splitlines()[0]}): the meta-step runs '
-                      'uncompiled, which is slower', file=sys.stderr, flush=True)
-            Fused.told = True
-            Fused.hopeless = isinstance(e, torch._inductor.exc.InvalidCxxCompiler)
+            tell_once(f'torch.compile does not work here ({str(e).strip().splitlines()[0]}): the meta-step runs '
+                      'uncompiled, which is slower')
             self.f = self.plain
             return self.f(*arguments)
 
@@ -348,6 +347,9 @@ class Fused:
 def _compiler_errors()->tuple: # asked for when there is one: the compiler takes long to import
     inductor = torch._inductor.exc
     return torch._dynamo.exc.TorchDynamoException, inductor.InductorError, inductor.InvalidCxxCompiler
+
+@functools.cache # an error is tried again
+def _try_compiler()->None: Fused(torch.neg).compiled()(torch.zeros(1)) # next to nothing, before minutes are spent
 
 # %% ../nbs/10_passes.ipynb #00000026
 def written_out_for(

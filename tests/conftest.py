@@ -20,7 +20,7 @@ tasks.data_sets['glyphs'] = glyphs # drawn once in a process; no cache folder is
 
 small_run = Config(data='glyphs', n_way=3, filters=4, n_steps=2, n_tasks=2, epochs=3, iterations=3, multi_step_epochs=1, first_order_epochs=1,
                    average=.5, validation_tasks=4, test_tasks=4, keep=2) # a second or two
-tiny_run = dataclasses.replace(small_run, filters=2, n_steps=1, n_tasks=1, iterations=2, outer_lr=.01, average=.3, validation_tasks=3,
+tiny_run = dataclasses.replace(small_run, filters=2, n_steps=1, n_tasks=1, epochs=2, iterations=2, outer_lr=.01, average=.3, validation_tasks=3,
                                keep=1, seed=10) # the second epoch is the best: the first one's file is removed
 
 

@@ -78,7 +78,7 @@ def test_impossible_settings_are_refused(settings, named):
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 @pytest.mark.parametrize('size, kinds, least', [
-    ('tiny', {'random': 5, 'files': None, 'disk': 6000}, 65),
+    ('tiny', {'random': 5, 'files': None, 'disk': 6000}, 55),
     pytest.param('small', {'random': 50, 'files': None, 'disk': 12000}, 90, marks=pytest.mark.weekly)])
 def test_a_stopped_run_ends_with_the_weights_of_one_never_stopped(size, kinds, least, tmp_path):
     "Kills at random moments, a death at every file operation (there are at least so many), no room"
