@@ -162,8 +162,8 @@ first_losses = json.loads((here.parent / 'nbs/results/first_losses.json').read_t
 def test_runs_begin_as_they_always_did(real, name):
     "The rows' first outer steps, with real characters: what earlier versions of the loops computed"
     table, row = name.split('/')
-    config = dataclasses.replace(tables[table][row].config, seed=0)
+    config = dataclasses.replace(tables[table][row].config, seed=0, precision='float64') # rounding alone moves the third loss by 1e-3
     setup = set_up(config, real, compiled=False)
     steps = outer_steps(config, [(setup, first_state(config, setup))])
     found = steps.run(0, 3, config.outer_lr, **epoch_parts(config, 0))[:, 0, 0].tolist()
-    assert found == pytest.approx(first_losses[name], rel=1e-4)
+    assert found == pytest.approx(first_losses[name], rel=1e-10)
