@@ -105,7 +105,7 @@ class TaskBatched:
         return torch.stack([self._one_task({k: w[t] for k,w in weights.items()}, x[t]) for t in range(len(x))])
 
     def _all_tasks(self, weights:Weights, x:Tensor)->Tensor:
-        if self.one_by_one: return self._in_turn(weights, x)
+        if self.one_by_one or len(x) == 1: return self._in_turn(weights, x)
         try: return self._batched(weights, x)
         except torch.OutOfMemoryError: raise
         except (NotImplementedError, RuntimeError) as e: # a layer that vmap can't do

@@ -81,7 +81,7 @@ def test_dropout_rests_unless_it_is_asked_for(drawn, e, capsys):
     assert net[3].training # put back as it was
     progress._told.clear()
     same(*both(net, e, dropout=True), limit=1e-12) # the plain road, with the same draws
-    assert capsys.readouterr().err.count('draws random numbers') == 1
+    assert not capsys.readouterr().err # a network of one's own is found by autograd anyway
     assert not torch.equal(both(net, e, True, 1)[0][0], both(net, e, True, 2)[0][0])
 
 
@@ -232,13 +232,14 @@ def test_alfa_begins_as_plain_descent(e):
         for k in t: assert s[k].allclose(t[k])
 
 
-def test_another_update_takes_the_plain_road_and_says_so_once(e, capsys):
-    net = small().double()
+@pytest.mark.parametrize('make, lines', [(small, 0), (lambda: Conv4(3, filters=4), 1)]) # what was written out for Conv4 would be faster
+def test_another_update_takes_the_plain_road_and_says_so_once(e, capsys, make, lines):
+    net = make().double()
     progress._told.clear()
     meta = method_parameters(find_method('momentum'), net, e.support_x[0], 2)
     parts = {'n_steps': 2, **inner_parts(find_method('momentum'))}
     for _ in range(2): same(fast_gradient(net)(task_batched(net), meta, e, **parts), meta_gradient(task_batched(net), meta, e, **parts), limit=1e-12)
-    assert capsys.readouterr().err.count('not plain gradient descent') == 1
+    assert capsys.readouterr().err.count('not plain gradient descent') == lines
     assert 'added/decay' in meta.learned()
 
 
