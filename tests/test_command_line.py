@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mamlpp_nb.cli import main
+from mamlpp_nb.config import Config
 from mamlpp_nb.maml import load_meta
 from mamlpp_nb.config import configure, presets
 
@@ -44,6 +45,15 @@ def test_mistakes_are_answered_and_exit_with_2(words, named, capsys):
     except SystemExit as e: code = e.code # argparse's way to stop
     said = ''.join(capsys.readouterr())
     assert code == 2 and named in said and 'Traceback' not in said
+
+
+def test_peers_that_are_not_installed_are_not_timed(monkeypatch, capsys):
+    from mamlpp_nb import bench
+    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(bench, 'ceilings', lambda device: {'operations_per_second': 1e9, 'by': 'nothing', 'bytes_per_second': 1e9})
+    monkeypatch.setattr(bench, 'workloads', {'tiny': Config('glyphs', n_way=2, filters=4, n_tasks=1, image_size=16, method='maml')})
+    bench.bench('tiny', rounds=1, device='cpu', ways='written out', peers=True)
+    assert 'none' in capsys.readouterr().err
 
 
 def test_missing_data_exits_with_1(tmp_path):
