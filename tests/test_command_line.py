@@ -53,7 +53,7 @@ def test_peers_that_are_not_installed_are_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(bench, 'ceilings', lambda device: {'operations_per_second': 1e9, 'by': 'nothing', 'bytes_per_second': 1e9})
     monkeypatch.setattr(bench, 'workloads', {'tiny': Config('glyphs', n_way=2, filters=4, n_tasks=1, image_size=16, method='maml')})
     bench.bench('tiny', rounds=1, device='cpu', ways='written out', peers=True)
-    assert 'none' in capsys.readouterr().err
+    assert 'none' in ''.join(capsys.readouterr())
 
 
 def test_missing_data_exits_with_1(tmp_path):
