@@ -371,15 +371,17 @@ def test_the_same_command_goes_on_and_another_gets_another_folder(tmp_path, maml
     assert tested['n_steps'] == 3 and list(tested['norms']) == ['support']
 
 
-def test_a_run_long_enough_compiles_unless_told_otherwise(few):
+@pytest.mark.parametrize('vectors, usual', [('AVX512', True), ('AVX2', False)]) # a compiler wins next to nothing there
+def test_a_run_long_enough_compiles_unless_told_otherwise(few, monkeypatch, vectors, usual):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: vectors)
     long = dataclasses.replace(small_run, epochs=10**8)
-    assert [set_up(c, few, compiled=asked).compiled for c in (small_run, long) for asked in (None, False, True)] == [False, False, True, True, False, True]
+    assert [set_up(c, few, compiled=asked).compiled for c in (small_run, long) for asked in (None, False, True)] == [False, False, True, usual, False, True]
 
 
 @pytest.mark.parametrize('compiler', ['none', pytest.param('torch.compile', marks=pytest.mark.weekly)])
 def test_a_compiled_run_goes_on_to_the_same_bits(few, tmp_path, monkeypatch, compiler):
     "Without a compiler, what is to be compiled runs as it is: the same road, at once"
-    monkeypatch.setattr('mamlpp_nb.config.worth_compiling', lambda n: True)
+    monkeypatch.setattr('mamlpp_nb.config.worth_compiling', lambda *a: True)
     if compiler == 'none': monkeypatch.setattr('mamlpp_nb.passes.Fused.compiled', lambda self: lambda *arguments: self.plain(*arguments))
     said = []
     assert train_run(small_run, tmp_path / 'whole', few, say=said.append) == 'complete'
