@@ -422,4 +422,4 @@ def _long_enough(config:Config, net:nn.Module, size:int)->bool: # to compile; th
     if type(net) is not Conv4: return False # the passes that are compiled are Conv4's
     n_support, n_target = config.n_way*config.k_shot, config.n_way*config.n_target
     step = operations(net, size, n_support, n_target, config.n_tasks, config.n_steps)
-    return worth_compiling(step*config.epochs*config.iterations)
+    return worth_compiling(step*config.epochs*config.iterations, next(net.parameters()).device.type)

@@ -184,13 +184,12 @@ def _first_block(c:Tensor, w:Tensor, cov:Tensor, given:tuple|None)->tuple: # its
     return best - _beside(given[0]), at, *given
 
 class _Block(NamedTuple): # what a block leaves for the way back
-    x:Tensor|None  # its input
     z:Tensor|None  # the convolution's output about its mean; of the first block only the winners are ever there
     size:tuple     # height and width of z
     r:Tensor       # 1/σ
     at:Tensor|None # where the winners stood
     q:Tensor       # winners, normalised: max-pooling commutes with what comes after
-    a:Tensor       # γq + β
+    a:Tensor       # γq + β; the next block's input is its leaky ReLU, found again where it is needed
 
 # w, gamma, beta: a list of four, gammas above 0; size: of the first convolution's output;
 # k, stride: of pooling and convolutions; given: means and variances, four pairs
@@ -207,7 +206,7 @@ def _conv4_forward(w, gamma, beta, head, bias, c, cov, size, k, stride, given=No
         r = (var + _eps).rsqrt()
         q = best*_beside(r)
         a = torch.addcmul(_beside(beta[i]), q, _beside(gamma[i]))
-        blocks.append(_Block(x, z, size, r, at, q, a))
+        blocks.append(_Block(z, size, r, at, q, a))
         norms.append((mean, var))
         x = F.leaky_relu(a, _slope)
     f = _features(x, k)
@@ -241,7 +240,7 @@ def _conv4_gradient(w, gamma, beta, head, bias, c, cov, size, y, k, stride):
         if i:
             dz = _to_places(dys[i]*_beside(scale), b, k)
             dzs[i] = dz.addcmul_(b.z, _beside(scale*b.r*dgamma[i]/-m)).sub_(_beside(scale*dbeta[i]/m))
-            dx, dw[i] = _convolve_back(dzs[i], b.x, w[i], stride)
+            dx, dw[i] = _convolve_back(dzs[i], F.leaky_relu(blocks[i-1].a, _slope), w[i], stride)
         else:
             by_gamma = _over_taps(b.r*dgamma[0])*(cov @ w[0])
             dw[0] = _over_taps(scale)*(_taps(dys[0], b.at, c) - by_gamma)
@@ -250,6 +249,7 @@ def _conv4_gradient(w, gamma, beta, head, bias, c, cov, size, y, k, stride):
 
 # %% ../nbs/10_passes.ipynb #ee919dc3
 class _Moved(NamedTuple): # what v changes in a block
+    x:Tensor|None # the block's input
     xt:Tensor|None # a dot (Newton's) in the equations is a t here
     zt:Tensor|None # about its mean
     s:Tensor
@@ -257,18 +257,19 @@ class _Moved(NamedTuple): # what v changes in a block
 
 def _conv4_along(w, gamma, c, cov, blocks, v, k, stride):
     "The features' derivative along v, and what moves in each block"
-    moved, xt, zt = [], None, None
+    moved, x, xt, zt = [], None, None, None
     for i,b in enumerate(blocks):
         if i == 0:
             s = b.r*(v[0]*(cov @ w[0])).sum(1)
             best = _first_chosen(c, v[0], b.at)
         else:
-            zt = _convolve(xt, w[i], stride).add_(_convolve(b.x, v[i], stride))
+            zt = _convolve(xt, w[i], stride).add_(_convolve(x, v[i], stride))
             zt.sub_(_beside(zt.mean((1,2,3))))
             s = b.r*(b.z*zt).mean((1,2,3))
             best = _at_winners(zt, b.at, (k,k)) if k > 1 else zt
         qt = torch.addcmul(best, b.q, _beside(s), value=-1).mul_(_beside(b.r))
-        moved.append(_Moved(xt, zt, s, qt))
+        moved.append(_Moved(x, xt, zt, s, qt))
+        x = F.leaky_relu(b.a, _slope)
         xt = _relu_back(qt*_beside(gamma[i]), b.a)
     return xt, moved
 
@@ -283,7 +284,7 @@ def _conv4_product(w, gamma, head, c, cov, kept, v, v_head, v_bias, k, stride):
     dxt = _features_back(dlt @ head + dl @ v_head, xt, k)
     dwt, dgammat, dbetat = ([None]*4 for _ in range(3))
     for i in (3,2,1,0):
-        b, (xt, zt, s, qt) = blocks[i], moved[i]
+        b, (x, xt, zt, s, qt) = blocks[i], moved[i]
         m = n*b.size[0]*b.size[1]
         dyt = _relu_back(dxt, b.a)
         dbetat[i] = dyt.sum((1,2,3))
@@ -293,7 +294,7 @@ def _conv4_product(w, gamma, head, c, cov, kept, v, v_head, v_bias, k, stride):
             dzt = _to_places(dyt*_beside(scale), b, k)
             dzt.sub_(_beside(scale*dbetat[i]/m)).addcmul_(zt, _beside(scale*b.r*dgamma[i]/-m))
             dzt.addcmul_(b.z, _beside(scale*b.r*(b.r*s*dgamma[i] - dgammat[i])/m)).addcmul_(dzs[i], _beside(-b.r*s))
-            dxt, by_w = _convolve_back(dzt, b.x, w[i], stride)
+            dxt, by_w = _convolve_back(dzt, x, w[i], stride)
             more, by_v = _convolve_back(dzs[i], xt, v[i], stride)
             dxt = dxt + more
             dwt[i] = by_w + by_v

@@ -21,11 +21,11 @@ from .adjoint import adjoint_gradient, autograd_calculus, join_episodes, stack_s
 from .passes import ReadyImages, conv4_calculus, conv4_predict, written_out_for
 
 # %% ../nbs/11_speed.ipynb #0000002c
-def _chosen_calculus(net, compiled): # (forward, loss) -> its calculus
+def _chosen_calculus(net, compiled, portion=4): # (forward, loss) -> its calculus
     written_out = conv4_calculus(net, compiled) if written_out_for(net) else None
     def choose(forward, loss):
         if written_out and loss is task_losses: return written_out
-        return autograd_calculus(forward, loss=loss)
+        return autograd_calculus(forward, portion, loss)
     return choose
 
 def _why_autograd(forward, meta, update)->str: # empty: it needn't
@@ -57,7 +57,8 @@ def fast_gradient(
     recompute:bool=False, # trade time for memory: see `adjoint_gradient`
 )->abc.Callable[...,tuple[Tensor,Tensor,Weights]]: # for `outer_loop`, in place of `meta_gradient`
     "The meta-gradient, fast where the network, the loss and the update allow it; the same numbers where they don't"
-    calculus, written_out = _chosen_calculus(net, compiled), written_out_for(net)
+    calculus = _chosen_calculus(net, compiled, 1 if recompute else 4) # memory for one task, where memory is short
+    written_out = written_out_for(net)
     def gradient(forward, meta, episodes, loss=task_losses, update=gradient_step, n_seeds=0, **parts):
         on_gpu = episodes.support_x.is_cuda
         def by_autograd(): # a GPU wants few large operations; random draws are those of `meta_gradient`
@@ -83,9 +84,11 @@ _by_autograd = 'the meta-gradient is found by autograd through the inner loop, w
 # %% ../nbs/11_speed.ipynb #0000002e
 def worth_compiling(
     n_operations:float, # of the whole run: `operations` times outer steps
-)->bool: # the same answer whenever it is asked, and on every machine
+    device:str='cpu', # where
+)->bool: # the same answer whenever it is asked, on machines of a kind
     "Is a run long enough to pay for a compiler?"
-    return n_operations > 5e13 # a quarter of an hour of uncompiled work on two slow cores
+    wide = device != 'cpu' or torch.backends.cpu.get_cpu_capability() == 'AVX512'
+    return wide and n_operations > 1e14
 
 # %% ../nbs/11_speed.ipynb #5f8cb99e
 def fast_inner_loop(
