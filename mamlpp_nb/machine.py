@@ -75,9 +75,10 @@ def side_by_side(
 )->list: # what f returns, in order
     "Like `map`, a core to each call, where torch may use several"
     items, n = [*zip(*items)], torch.get_num_threads()
-    if n == 1 or len(items) < 2: return [f(*item) for item in items]
+    if n == 1: return [f(*item) for item in items]
+    each = _workers(n).map if len(items) > 1 else map
     torch.set_num_threads(1) # for the libraries that ask the process, not the thread
-    try: return [*_workers(n).map(lambda item: f(*item), items)]
+    try: return [*each(lambda item: f(*item), items)]
     finally: torch.set_num_threads(n)
 
 # %% ../nbs/g0_machine.ipynb #9000000f
