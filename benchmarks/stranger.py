@@ -72,7 +72,7 @@ def one_quickstart(chosen, method, seed):
         if chosen.at_once: env['OMP_NUM_THREADS'] = '1'
         words = ['quickstart', '--data', chosen.data, '--method', method, '--seed', str(seed), '--out', f'{folder}/run']
         wall = timed([sys.executable, '-m', 'mamlpp_nb.cli', *words], env)
-        record = _short(json.loads(Path(folder, 'run/record.json').read_text(encoding='utf-8')))
+        record = json.loads(Path(folder, 'run/record.json').read_text(encoding='utf-8'))
         extra = {'wall_seconds': None if chosen.at_once else wall, 'held_back': chosen.held_to_avx2}
         keep(f'quickstart-{chosen.data}-{method}-{seed}', {**record, **extra}, env)
 
@@ -93,12 +93,6 @@ def tests(chosen):
         subprocess.run(['git', 'clone', '-q', str(root), f'{folder}/clone'], check=True)
         wall = timed(['bash', '-c', command], env, f'{folder}/clone')
         keep('tests', {'command': command, 'data': bool(os.environ.get('MAMLPP_DATA')), 'wall_seconds': wall, 'held_back': chosen.held_to_avx2, **provenance('cpu')}, env)
-
-
-def _short(value): # six digits are enough for a chart
-    if isinstance(value, float): return float(f'{value:.6g}')
-    if isinstance(value, dict): return {k: _short(v) for k, v in value.items()}
-    return [_short(v) for v in value] if isinstance(value, list) else value
 
 
 if __name__ == '__main__':

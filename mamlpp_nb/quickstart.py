@@ -21,10 +21,12 @@ from .progress import Plan, tell
 from .files import cache_folder, data_root, write_safely
 from .tasks import ClassImages, EpisodeSampler, characters, plot_episode
 from .maml import Evaluation, MetaParameters, Progress, at_step, inner_loop, recent, train
+from .diagnostics import score_of, steps_done
 from .per_step_norm import gather_statistics, predict_targets
 from .mamlpp import Method, Phase, find_method, method_loop, methods, parts, phases
-from .evaluation import step_logits
+from .evaluation import step_logits, summarise
 from .config import Config, configure, set_up
+from .runs import make_record
 from .training import noted_signals
 
 # %% ../nbs/a0_quickstart.ipynb #00000006
@@ -227,30 +229,33 @@ def run_quickstart(
     begin_training = time.monotonic()
     history, ended = learn(q, parts, plan, checkpoint=folder/'meta.safetensors', about=about)
     trained = time.monotonic()
-    results = _tests(q, tests, plan)
+    test = _tests(q, tests, plan)
     draw_answers(q, folder/'episode.png')
-    record = {**about, **_record(q, history, results), **origin, 'second': ended,
-              'epoch': [epoch_at(i, n_iterations, config.epochs) for i in range(len(history))],
-              'accuracy_untrained': untrained.accuracy, 'seconds_training': trained-begin_training,
-              'seconds': time.monotonic()-begin}
+    how_long = {'seconds_in_all': time.monotonic()-begin, **({'minutes': minutes} if minutes else {})}
+    record = make_record(
+        about['config'], [{**origin, 'seeds_at_once': 1, 'compiled': False}], seconds=trained-begin_training,
+        test={**test, **origin}, planned=n_iterations, untrained={'accuracy': untrained.accuracy},
+        steps=_each_step(history, ended, n_iterations, config.epochs), step_sizes=_final_rates(q.meta), **how_long)
     write_safely(folder/'record.json', lambda draft: draft.write_text(dumps(record)))
     return record
 
 # %% ../nbs/a0_quickstart.ipynb #0000f0c2
-def _tests(q, ways, plan)->dict[str,Evaluation]: # by every way to normalise that was asked for
-    c = q.config
-    meta = q.meta
+def _tests(q, ways, plan)->dict: # what a record keeps of it: by every way to normalise that was asked for
+    c, meta, begin = q.config, q.meta, time.monotonic()
     if 'running' in ways: meta = gather_statistics(q.net, meta, q.deal, n_tasks=c.test_tasks, n_steps=c.n_steps)
-    with plan.doing('test') as tick: return grade(q, meta, ways, tick=tick)
+    with plan.doing('test') as tick: results = grade(q, meta, ways, tick=tick)
+    seconds = time.monotonic()-begin
+    norms = summarise({way: {'single': r} for way,r in results.items()})
+    return {'norms': norms, 'models': ['meta'], 'split': 'test', 'n_tasks': c.test_tasks, 'n_steps': c.n_steps,
+            'n_permutations': 1, 'seconds': seconds, 'tasks_per_second': c.test_tasks/seconds}
 
-def _record(q, history, results)->dict: # what was learned and how it went
-    return {'iterations': len(history),
-            'accuracy': results['targets'].accuracy, 'ci95': results['targets'].ci95,
-            'batch_norm': 'statistics of the targets of a task together (transductive)',
-            'tests': {way: {'accuracy': r.accuracy, 'ci95': r.ci95} for way,r in results.items()},
-            'loss': [p.loss for p in history], 'target_accuracy': [p.accuracy for p in history],
-            'gradient_norm': [p.gradient_norm for p in history],
-            'step_sizes': {k: a.flatten().tolist() for k,a in q.meta.step_sizes.items() if a.dim() == 1}}
+def _each_step(history, ended, n_iterations, n_epochs)->dict: # what a record keeps of training
+    return {'loss': [p.loss for p in history], 'accuracy': [p.accuracy for p in history],
+            'gradient_norm': [p.gradient_norm for p in history], 'ended': ended,
+            'epoch': [epoch_at(p.iteration, n_iterations, n_epochs) for p in history]}
+
+def _final_rates(meta)->dict: # by tensor; those of one for each weight are left out
+    return {k: a.flatten().tolist() for k,a in meta.step_sizes.items() if a.dim() == 1}
 
 # %% ../nbs/a0_quickstart.ipynb #00000010
 def quickstart(
@@ -283,17 +288,17 @@ def quickstart(
     write_safely(folder/'record.json', lambda draft: draft.write_text(dumps(record)))
     _report(record, folder)
     if json: print(dumps(_brief(record, folder)))
-    return 0 if record['iterations'] == record['planned'] else 130
+    return 0 if steps_done(record) == record['planned'] else 130
 
 # %% ../nbs/a0_quickstart.ipynb #000000c0
 def _report(record:dict, folder:Path)->None:
-    unfinished = '' if record['iterations'] == record['planned'] else f" of {record['planned']}: unfinished"
-    print(f"{record['iterations']} outer steps in {record['seconds_training']:.0f} s{unfinished}")
+    done, score, support = steps_done(record), score_of(record), score_of(record, 'support')
+    unfinished = '' if done == record['planned'] else f" of {record['planned']}: unfinished"
+    print(f"{done} outer steps in {record['seconds']:.0f} s{unfinished}")
     print('never-seen classes, 5-way 1-shot, accuracy with 95 % interval over tasks (untrained network in brackets):')
-    for i,(a,c,u) in enumerate(zip(record['accuracy'], record['ci95'], record['accuracy_untrained'])):
+    for i,(a,c,u) in enumerate(zip(score['accuracy'], score['ci95'], record['untrained']['accuracy'])):
         when = f'after inner step {i}' if i else 'before adaptation '
         print(f'  {when}  {100*a:5.1f} ± {100*c:.1f} %  ({100*u:.1f} %)')
-    support = record['tests']['support']
     print('  with targets normalised by the statistics of the support set instead of their own: '
           f"{100*support['accuracy'][-1]:.1f} ± {100*support['ci95'][-1]:.1f} %")
     print(f"checkpoint: {folder/'meta.safetensors'}")
@@ -301,11 +306,14 @@ def _report(record:dict, folder:Path)->None:
     print(f"record:     {folder/'record.json'}")
 
 def _brief(record:dict, folder:Path)->dict: # what a script may want to know
-    kept = {name: record[name] for name in ('iterations','planned','tests','batch_norm')}
-    return {'data': record['config']['data'], 'method': record['config']['method'], **kept,
-            'seconds': round(record['seconds'], 1), 'accuracy_before': record['accuracy'][0],
-            'accuracy': record['accuracy'][-1], 'ci95': record['ci95'][-1],
-            'accuracy_untrained': record['accuracy_untrained'][-1], 'per_step': record['accuracy'],
+    tests = {norm: pair['single'] for norm,pair in record['test']['norms'].items()}
+    accuracy = tests['targets']['accuracy']
+    return {'data': record['config']['data'], 'method': record['method'], 'iterations': steps_done(record),
+            'planned': record['planned'], 'tests': tests,
+            'batch_norm': 'statistics of the targets of a task together (transductive)',
+            'seconds': round(record['seconds_in_all'], 1), 'accuracy_before': accuracy[0],
+            'accuracy': accuracy[-1], 'ci95': tests['targets']['ci95'][-1],
+            'accuracy_untrained': record['untrained']['accuracy'][-1], 'per_step': accuracy,
             'checkpoint': str(folder/'meta.safetensors'), 'figure': str(folder/'episode.png')}
 
 # %% ../nbs/a0_quickstart.ipynb #c10d0001
@@ -363,11 +371,6 @@ def make_runs(
             record = run_quickstart(run_settings(kind, method, seed, data), splits, device, Path(work),
                                     n_iterations=iterations or usual, say=lambda text: None,
                                     tests=ways_tested(kind, method))
-        write_safely(kept, lambda draft: draft.write_text(dumps(_short(record)) + '\n'))
+        write_safely(kept, lambda draft: draft.write_text(dumps(record) + '\n'))
         made.append(kept)
     return made
-
-def _short(value): # six digits are enough for a chart
-    if isinstance(value, float): return float(f'{value:.6g}')
-    if isinstance(value, dict): return {k: _short(v) for k,v in value.items()}
-    return [_short(v) for v in value] if isinstance(value, (list, tuple)) else value

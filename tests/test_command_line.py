@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from PIL import Image
 
 from mamlpp_nb.cli import main
-from mamlpp_nb.config import Config
+from mamlpp_nb.config import Config, configure, presets
+from mamlpp_nb.diagnostics import score_of, steps_done
 from mamlpp_nb.maml import load_meta
-from mamlpp_nb.config import configure, presets
+from mamlpp_nb.runs import record_schema
 
 
 def mamlpp(*words, cwd=None, **env):
@@ -72,7 +74,8 @@ def test_quickstart_from_start_to_end(tmp_path, monkeypatch, capsys):
     assert about['config']['data'] == 'glyphs' and about['iterations'] == last['iterations'] and 'conv0.weight' in meta.start
     assert Image.open(tmp_path / last['figure']).size[0] > 300
     record = json.loads((tmp_path / 'here/record.json').read_text())
-    assert record['accuracy'][-1] == last['accuracy'] and len(record['loss']) == last['iterations'] and record['commit']
+    jsonschema.validate(record, record_schema)
+    assert score_of(record)['accuracy'][-1] == last['accuracy'] and steps_done(record) == last['iterations'] and record['minutes'] == .02 and 'cold_cache' in record
 
 
 def test_quickstart_by_outer_steps_does_the_same_twice(tmp_path, monkeypatch):
@@ -81,9 +84,10 @@ def test_quickstart_by_outer_steps_does_the_same_twice(tmp_path, monkeypatch):
     for name in ('a', 'b'):
         assert main(['quickstart', '--data', 'glyphs', '--method', 'maml+lslr+da', '--iterations', '2', '--seed', '3', '--out', name, '--device', 'cpu']) == 0
     a, b = (json.loads((tmp_path / name / 'record.json').read_text()) for name in ('a', 'b'))
-    assert a['iterations'] == 2 and a['config']['method'] == 'maml+lslr+da' and a['config']['seed'] == 3
-    for key in ('loss', 'accuracy', 'tests', 'step_sizes', 'epoch', 'gradient_norm'): assert a[key] == b[key]
-    assert a['tests'].keys() == {'targets', 'support'} and len(a['step_sizes']['head.weight']) == 5
+    assert steps_done(a) == 2 and a['config']['method'] == 'maml+lslr+da' and a['config']['seed'] == a['seed'] == 3
+    for key in ('loss', 'accuracy', 'epoch', 'gradient_norm'): assert a['steps'][key] == b['steps'][key]
+    assert a['test']['norms'] == b['test']['norms'] and a['step_sizes'] == b['step_sizes']
+    assert a['test']['norms'].keys() == {'targets', 'support'} and len(a['step_sizes']['head.weight']) == 5
 
 
 def test_output_that_nobody_reads_ends_the_program_quietly(tmp_path):

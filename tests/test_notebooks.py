@@ -4,16 +4,19 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 import mamlpp_nb
-from mamlpp_nb.diagnostics import recorded_settings
+from mamlpp_nb.diagnostics import score_of, steps_done
 from mamlpp_nb.quickstart import book_runs, quick_steps, run_settings, ways_tested
-from mamlpp_nb.config import configure
+from mamlpp_nb.config import Config, configure
+from mamlpp_nb.runs import record_schema
 
 root = Path(__file__).parent.parent
 notebooks = sorted(root.glob('nbs/*.ipynb'))
 chapters = [p for p in notebooks if p.stem != 'index']
+settings_known = {f.name for f in dataclasses.fields(Config)}
 
 
 def cells(path, kind): return [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == kind]
@@ -57,10 +60,30 @@ def test_every_record_says_where_it_comes_from():
     assert set(kept['chapters']) == {p.stem for p in chapters}
 
 
+def test_every_record_of_a_run_holds_to_the_one_schema():
+    "Those of the tables, of the short runs behind the chapters, and of newcomers' quickstarts"
+    results, valid, places = root / 'nbs/results', jsonschema.Draft202012Validator(record_schema), set()
+    for path in results.glob('**/*.json'):
+        record = json.loads(path.read_text())
+        if not {'config', 'starts', 'epochs', 'loss'} & set(record): continue # of something else, such as a benchmark
+        wrong = next(valid.iter_errors(record), None)
+        assert not wrong, f'{path}: {wrong.message}'
+        assert record['config'].items() >= {'method': record['method'], 'seed': record['seed']}.items() and set(record['config']) <= settings_known
+        assert steps_done(record) and (not record['test'] or len(score_of(record)['accuracy']) == record['test']['n_steps'] + 1)
+        places.add(path.relative_to(results).parts[0])
+    assert places >= {*book_runs, 'tables', 'strangers', 'quickstart-omniglot-mamlpp.json'}
+
+
 def strangers(what): return [json.loads(p.read_text()) for p in sorted((root / 'nbs/results/strangers').glob(f'{what}-*.json'))]
 
 
 def seconds(r): return '-' if r['wall_seconds'] is None else f"{r['wall_seconds']:.0f}" # of one that ran beside others
+
+
+def last_accuracy(r): return score_of(r)['accuracy'][-1]
+
+
+def percent(r): return f'{100 * last_accuracy(r):.1f}'
 
 
 def of(runs, data, method): return [r for r in runs if (r['config']['data'], r['config']['method']) == (data, method)]
@@ -71,13 +94,13 @@ def test_the_readme_says_what_the_records_say():
     runs = strangers('quickstart')
     assert {r['config']['seed'] for r in of(runs, 'omniglot', 'mamlpp')} == {0, 1, 2}
     for r in runs:
-        end = f"{100 * r['accuracy'][-1]:.1f} ± {100 * r['ci95'][-1]:.1f} | `{r['commit']}`"
-        assert f"| {r['config']['seed']} | {r['iterations']} | {seconds(r)} | {r['processor']} |" in readme and end in readme
+        end = f"{percent(r)} ± {100 * score_of(r)['ci95'][-1]:.1f} | `{r['starts'][0]['commit']}`"
+        assert f"| {r['seed']} | {steps_done(r)} | {seconds(r)} | {r['processor']} |" in readme and end in readme
     for data in {r['config']['data'] for r in runs}:
         ours = of(runs, data, 'mamlpp')
         kind = [r for r in ours if r['processor'] == ours[0]['processor']]
-        each = ', '.join(f"{100 * r['accuracy'][-1]:.1f}" for r in kind)
-        mean = sum(100 * r['accuracy'][-1] for r in kind) / len(kind)
+        each = ', '.join(percent(r) for r in kind)
+        mean = sum(100 * last_accuracy(r) for r in kind) / len(kind)
         assert f'{mean:.1f} % on never-seen classes of {data} after {quick_steps} outer steps (seeds 0, 1, 2: {each})' in readme
         assert f"{max(r['wall_seconds'] for r in kind):.0f} s on {kind[0]['processor']}" in readme
     for r in strangers('bench'):
@@ -89,20 +112,20 @@ def test_the_readme_says_what_the_records_say():
 def made_with(record, wanted):
     "Is everything that a record says of its settings as wanted? One that came later has its default."
     settings = dataclasses.asdict(wanted)
-    return len(recorded_settings(record)) >= 18 and {**settings, **recorded_settings(record)} == settings
+    return len(record['config']) >= 18 and {**settings, **record['config']} == settings
 
 
 def test_the_records_are_of_what_the_command_does_now_and_keep_the_promise():
     runs = strangers('quickstart')
     for r in runs:
         wanted = configure('quickstart', **{name: r['config'][name] for name in ('data', 'method', 'seed')})
-        assert made_with(r, wanted) and r['iterations'] == r['planned'] == quick_steps and set(r['tests']) == {'targets', 'support'}
+        assert made_with(r, wanted) and steps_done(r) == r['planned'] == quick_steps and set(r['test']['norms']) == {'targets', 'support'}
         assert r['cold_cache'] and (r['config']['method'] != 'mamlpp' or r['wall_seconds'] <= 180), 'the front page promises three minutes, cold'
     ours, theirs = (of(runs, 'omniglot', m) for m in ('mamlpp', 'maml'))
-    accuracy = [r['accuracy'][-1] for r in ours]
+    accuracy = [last_accuracy(r) for r in ours]
     assert min(accuracy) >= .88 and sum(accuracy) / len(accuracy) >= .9
-    by_seed = {r['config']['seed']: r['accuracy'][-1] for r in ours}
-    assert all(by_seed[r['config']['seed']] > r['accuracy'][-1] for r in theirs) # MAML beside it, seed by seed
+    by_seed = {r['seed']: last_accuracy(r) for r in ours}
+    assert all(by_seed[r['seed']] > last_accuracy(r) for r in theirs) # MAML beside it, seed by seed
     for r in strangers('bench'):
         for row in r['rows']: assert row['spread'] <= row['seconds'] / 4, f"{row['workload']}, {row['way']}: measure it again"
     for r in strangers('tests'): assert r['wall_seconds'] <= 15 * 60
@@ -118,7 +141,7 @@ def test_records_of_the_chapters_have_the_settings_that_make_them_again(kind):
     methods, _, iterations = book_runs[kind]
     for path in (root / 'nbs/results' / kind).glob('*.json'):
         record, (method, seed) = json.loads(path.read_text()), path.stem.rsplit('-', 1)
-        assert method in methods and record['iterations'] == iterations == len(record['loss']) == len(record['gradient_norm'])
-        assert made_with(record, run_settings(kind, method, int(seed))) and tuple(record['tests']) == ways_tested(kind, method)
+        assert method in methods and {len(each) for each in record['steps'].values()} == {iterations}
+        assert made_with(record, run_settings(kind, method, int(seed))) and tuple(record['test']['norms']) == ways_tested(kind, method)
     seeds = {p.stem.rsplit('-', 1)[0]: len(list(p.parent.glob(p.stem.rsplit('-', 1)[0] + '-[0-9].json'))) for p in (root / 'nbs/results' / kind).glob('*.json')}
     assert set(seeds) == set(methods) and set(seeds.values()) == {3}

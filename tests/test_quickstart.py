@@ -4,18 +4,19 @@ import json
 import random
 import signal
 
+import jsonschema
 import pytest
 import torch
 
 from mamlpp_nb import quickstart as page
 from mamlpp_nb.classifier import read_pretrained
 from mamlpp_nb.cli import main
-from mamlpp_nb.diagnostics import recorded_settings
+from mamlpp_nb.diagnostics import steps_done
 from mamlpp_nb.maml import load_meta
 from mamlpp_nb.mamlpp import Schedule, find_method, phases
 from mamlpp_nb.quickstart import affordable, assemble, epoch_at, pace, run_quickstart, stretches
 from mamlpp_nb.config import Config, configure, presets
-from mamlpp_nb.runs import read_metrics
+from mamlpp_nb.runs import read_metrics, record_schema
 
 small = configure('quickstart', data='glyphs', n_way=3, filters=4, n_target=1, n_steps=2, n_tasks=1, test_tasks=4)
 
@@ -44,8 +45,9 @@ def test_a_clock_that_jumps_changes_no_result(few, calm, tmp_path, monkeypatch, 
     jumping = Jumping(seed)
     for module in ('quickstart', 'maml', 'progress'): monkeypatch.setattr(f'mamlpp_nb.{module}.time', jumping)
     leaping = run_quickstart(small, few, 'cpu', tmp_path / 'leaping', 60, say=quiet)
-    for key in ('loss', 'target_accuracy', 'gradient_norm', 'epoch', 'accuracy', 'tests', 'step_sizes', 'iterations'): assert calm[key] == leaping[key]
-    assert calm['epoch'] == [i // 2 for i in range(60)] # every epoch of the schedule has its two steps
+    for key in ('loss', 'accuracy', 'gradient_norm', 'epoch'): assert calm['steps'][key] == leaping['steps'][key]
+    assert calm['test']['norms'] == leaping['test']['norms'] and calm['step_sizes'] == leaping['step_sizes']
+    assert calm['steps']['epoch'] == [i // 2 for i in range(60)] # every epoch of the schedule has its two steps
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -55,8 +57,8 @@ def test_minutes_choose_the_steps_before_the_first_and_then_no_pause_skips_a_pha
     monkeypatch.setattr(page, 'affordable', lambda paces, minutes: min(affordable(paces, minutes), 45)) # a leap may say anything
     record = run_quickstart(small, few, 'cpu', tmp_path, minutes=1, say=quiet)
     n = record['planned']
-    assert record['iterations'] == n >= 30 and set(record['epoch']) == set(range(30))
-    assert record['epoch'] == [epoch_at(i, n, 30) for i in range(n)]
+    assert steps_done(record) == n >= 30 and set(record['steps']['epoch']) == set(range(30)) and record['minutes'] == 1
+    assert record['steps']['epoch'] == [epoch_at(i, n, 30) for i in range(n)]
 
 
 def test_minutes_are_shared_out_at_the_pace_of_each_phase():
@@ -80,7 +82,7 @@ def test_a_pause_during_a_warm_up_step_hardly_counts(few, monkeypatch):
 def test_two_runs_of_one_machine_agree_to_the_bit_and_warm_up_moves_nothing(few, tmp_path):
     a, b = (run_quickstart(small, few, 'cpu', tmp_path / name, 10, minutes, quiet) for name, minutes in (('a', 0.), ('b', 0.)))
     one, other = (load_meta(tmp_path / name / 'meta.safetensors')[0].named() for name in ('a', 'b'))
-    assert all(torch.equal(one[k], other[k]) for k in one) and a['loss'] == b['loss']
+    assert all(torch.equal(one[k], other[k]) for k in one) and a['steps']['loss'] == b['steps']['loss']
     q = assemble(small, few)
     before = {k: t.clone() for k, t in q.meta.named().items()}
     pace(q, looks=2)
@@ -110,8 +112,8 @@ def test_ctrl_c_ends_with_the_weights_so_far_tested_and_kept(few, tmp_path, monk
     assert main(['quickstart', '--data', 'glyphs', '--iterations', '40', '--out', str(tmp_path / 'q'), '--device', 'cpu']) == 130
     said = capsys.readouterr().out
     record = json.loads((tmp_path / 'q/record.json').read_text())
-    assert record['iterations'] == 7 and record['planned'] == 40 and 'unfinished' in said and 'SIGINT after outer step 7 of 40' in said
-    assert set(record['tests']) == {'targets', 'support'} and (tmp_path / 'q/episode.png').exists()
+    assert steps_done(record) == 7 and record['planned'] == 40 and 'unfinished' in said and 'SIGINT after outer step 7 of 40' in said
+    assert set(record['test']['norms']) == {'targets', 'support'} and (tmp_path / 'q/episode.png').exists()
     for path in (tmp_path / 'q', tmp_path / 'q/meta.safetensors'): # what `adapt` reads
         model = read_pretrained(path)
         assert model.unfinished == '7 of 40 outer steps' and model.config.n_way == 3
@@ -132,7 +134,7 @@ def test_a_whole_quickstart_is_not_called_unfinished(few, tmp_path):
 
 def test_nothing_is_compiled(few, tmp_path, monkeypatch):
     monkeypatch.setattr('mamlpp_nb.passes.Fused.__call__', lambda self, *arguments: pytest.fail('a quickstart waits for no compiler'))
-    assert run_quickstart(small, few, 'cpu', tmp_path, 3, say=quiet)['iterations'] == 3
+    assert steps_done(run_quickstart(small, few, 'cpu', tmp_path, 3, say=quiet)) == 3
 
 
 
@@ -148,8 +150,20 @@ def test_the_preset_has_the_settings_the_committed_records_were_made_with():
 def test_a_record_and_a_model_say_the_settings_and_the_outer_steps_of_an_epoch(few, tmp_path):
     record = run_quickstart(small, few, 'cpu', tmp_path, 60, say=quiet)
     planned = dataclasses.replace(small, iterations=2)
-    assert Config(**record['config']) == planned == Config(**recorded_settings(json.loads((tmp_path / 'record.json').read_text())))
+    assert Config(**record['config']) == planned == Config(**json.loads((tmp_path / 'record.json').read_text())['config'])
     assert read_pretrained(tmp_path).config == planned
+
+
+def test_a_record_is_one_of_the_one_schema(few, tmp_path):
+    run_quickstart(small, few, 'cpu', tmp_path, 3, say=quiet)
+    record = json.loads((tmp_path / 'record.json').read_text())
+    jsonschema.validate(record, record_schema)
+    assert record['seed'] == small.seed and record['test']['n_tasks'] == 4 and len(record['steps']['ended']) == 3 and 'minutes' not in record
+    for spoil in (lambda r: r.pop('steps'), lambda r: r['steps'].pop('loss'), lambda r: r.pop('method'), lambda r: r['test'].pop('norms'), lambda r: r.update(row='a'),
+                  lambda r: r.update(table='short', row='a'), lambda r: r['steps'].update(second=[1., 2., 3.])):
+        spoilt = json.loads(json.dumps(record))
+        spoil(spoilt)
+        with pytest.raises(jsonschema.ValidationError): jsonschema.validate(spoilt, record_schema)
 
 
 @pytest.mark.parametrize('setting', [{'clamp': 1.}, {'average': .5}, {'beta2': .9}, {'dropout': True}, {'loss': 'squared error'}])
@@ -168,5 +182,5 @@ def test_train_by_the_preset_makes_the_steps_of_the_command(few, tmp_path, monke
     monkeypatch.setattr('mamlpp_nb.config.load_data', lambda name: few)
     assert main(['train', 'quickstart', '--data', 'glyphs', '--out', str(tmp_path / 'run'), '--device', 'cpu']) == 0
     record = run_quickstart(configure('quickstart', data='glyphs'), few, 'cpu', tmp_path, 12, say=quiet)
-    means = [sum(record['loss'][i:i + 2]) / 2 for i in range(0, 12, 2)]
+    means = [sum(record['steps']['loss'][i:i + 2]) / 2 for i in range(0, 12, 2)]
     assert [m['loss'] for m in read_metrics(tmp_path / 'run')] == pytest.approx(means, rel=1e-5)
