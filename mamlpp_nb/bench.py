@@ -25,7 +25,7 @@ from .multi_step import naive_graded_loss
 from .mamlpp import find_method, loss_parts, method_parameters
 from .adjoint import adjoint_gradient, autograd_calculus
 from .passes import conv4_calculus
-from .speed import all_at_once, fast_gradient, fused_adam, replay_on, task_by_task
+from .speed import all_at_once, fast_gradient, fused_adam, replay_on, autograd_by_task
 from .config import Config, configure, image_shape, step_operations
 
 # %% ../nbs/a1_benchmark.ipynb #00000005
@@ -100,7 +100,7 @@ class Way(NamedTuple):
 
 ways = {'naive': Way(_naive),                                  # a loop over tasks
         'autograd': Way(lambda net: meta_gradient),            # a batch of tasks, differentiated as it stands
-        'task by task': Way(lambda net: task_by_task),         # one task's graph at a time: any network's road on a CPU
+        'task by task': Way(lambda net: autograd_by_task),         # one task's graph at a time: any network's road on a CPU
         'adjoint': Way(lambda net: _walk(autograd_calculus)),  # the inner loop backwards, for any network
         'adjoint recomputed': Way(lambda net: _walk(autograd_calculus, recompute=True)),
         'written out': Way(lambda net: fast_gradient(net)),    # for Conv4
