@@ -100,7 +100,7 @@ class Way(NamedTuple):
 
 ways = {'naive': Way(_naive),                                  # a loop over tasks
         'autograd': Way(lambda net: meta_gradient),            # a batch of tasks, differentiated as it stands
-        'task by task': Way(lambda net: autograd_by_task),         # one task's graph at a time: any network's road on a CPU
+        'task by task': Way(lambda net: autograd_by_task),         # one task's graph at a time
         'adjoint': Way(lambda net: _walk(autograd_calculus)),  # the inner loop backwards, for any network
         'adjoint recomputed': Way(lambda net: _walk(autograd_calculus, recompute=True)),
         'written out': Way(lambda net: fast_gradient(net)),    # for Conv4
