@@ -125,7 +125,7 @@ class Observation(NamedTuple):
     neutral:float          # the number that speaks neither for it nor against it; where it is 1, the number is a ratio
     dealt:bool = True      # does dealing the rates anew change the number?
 
-def _chosen(chart:RateChart, part:str)->np.ndarray: # (seeds, tensors, steps), in units of the start
+def _in_units_of_start(chart:RateChart, part:str)->np.ndarray: # (seeds, tensors, steps), in units of the start
     wanted = {'conv': lambda k: k.startswith('conv') and k.endswith('weight'),
               'weight': lambda k: k.endswith('weight'), 'all': lambda k: True}[part]
     return chart.at_best()[:, [wanted(k) for k in chart.names]]/chart.start
@@ -158,8 +158,8 @@ def _correlation(a, b): # along the last axis
     a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
     return (a*b).sum(-1)/np.sqrt((a*a).sum(-1)*(b*b).sum(-1))
 
-def _flat(t): return t.reshape(*t.shape[:-2], -1)
-def _alike(t, other): return _correlation(np.abs(_flat(t)), np.abs(_flat(other)))
+def _in_a_row(t): return t.reshape(*t.shape[:-2], -1)
+def _alike(t, other): return _correlation(np.abs(_in_a_row(t)), np.abs(_in_a_row(other)))
 def _uneven(heights): return heights.std(-1)/heights.mean(-1)
 def _uneven_last(t):
     each = _uneven(np.abs(t).swapaxes(-1,-2)) # (..., seeds, steps)
@@ -178,7 +178,7 @@ def _pairs(t, alike): # for each pair of seeds
     seeds = range(t.shape[-3])
     each = [alike(t[...,i,:,:], t[...,j,:,:]) for i in seeds for j in range(i)]
     return np.stack(each, -1) if each else np.empty((*t.shape[:-3], 0))
-def _mirror(t): return _pairs(t, lambda a, b: _correlation(_flat(a), _flat(b)))
+def _mirror(t): return _pairs(t, lambda a, b: _correlation(_in_a_row(a), _in_a_row(b)))
 def _same_size(t): return _pairs(t, _alike)
 
 def _share_low(*tables): return np.mean([(np.abs(t) < .25).mean((-2,-1)) for t in tables], 0)
@@ -278,7 +278,7 @@ def _judged(o:Observation, mean:float, interval:tuple[float,float], chance:tuple
 # %% ../nbs/22_learned_rates.ipynb #22a00005
 def _of_common_seeds(found:list[RateChart], part:str)->list[np.ndarray]:
     common = sorted(set.intersection(*(set(c.seeds) for c in found)))
-    return [_chosen(c, part)[[c.seeds.index(s) for s in common]] for c in found]
+    return [_in_units_of_start(c, part)[[c.seeds.index(s) for s in common]] for c in found]
 
 def _by_chance(o:Observation, tables, n)->tuple[float,float]: # 2.5 and 97.5 % of the mean over seeds
     values = o.number(*dealt_anew(tables, n))

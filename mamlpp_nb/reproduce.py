@@ -29,7 +29,7 @@ _known = Path(mamlpp_nb.__file__).with_name('published.json')
 published = jsons.loads(_known.read_text(encoding='utf-8')) # by table and row; accuracies in %, each with its source
 
 # %% ../nbs/19_reproduce.ipynb #8c1d0a0a
-def _learned_for(kind:str)->abc.Callable: # 'head only' or 'body only', with a learned rate per layer and step where it moves
+def _learned_for(kind:str)->abc.Callable: # 'head only' or 'body only', but learned per layer and step where it moves
     def rates(start, inner_lr, n_steps, idle):
         still = {k: a for k,a in step_size_kinds[kind](start, inner_lr, n_steps, idle).items() if not a.any()}
         return {**step_size_kinds['per layer and step'](start, inner_lr, n_steps, idle), **still}
