@@ -13,7 +13,7 @@ setup(
     license_files=['LICENSE'],
     long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
-    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), include_package_data=True, package_data={cfg['lib_path']: ['models/*']}, # the weights
+    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), include_package_data=True, package_data={cfg['lib_path']: ['models/*', '*.json', '*.js']}, # weights, published numbers, the player
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},

@@ -2,6 +2,7 @@
 import html
 import json
 import re
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from mamlpp_nb.maml import MetaParameters
-from mamlpp_nb.rates import RateChart, draw_rates, mirrored, observations, rate_chart, rates_player, rates_slider, with_rates
+from mamlpp_nb.rates import RateChart, dealt_anew, draw_rates, observations, rate_chart, rates_player, rates_slider, source_observations, with_rates
 from mamlpp_nb.reproduce import read_records
 
 matplotlib.use('Agg')
@@ -19,7 +20,7 @@ names = ['conv0.weight', 'conv1.weight', 'conv2.weight', 'conv3.weight', 'head.w
 
 def record(seed, validation, steps=5):
     def table(e): return {**{k: [seed + e + i / 10 + s / 100 for s in range(steps)] for i, k in enumerate(names)}, 'conv0.bias': [.1]}
-    return {'seed': seed, 'epochs': [{'epoch': e, 'validation': {'accuracy': [.2, v]}, 'step_sizes': table(e)} for e, v in enumerate(validation)]}
+    return {'seed': seed, 'config': {'inner_lr': .1}, 'epochs': [{'epoch': e, 'validation': {'accuracy': [.2, v]}, 'step_sizes': table(e)} for e, v in enumerate(validation)]}
 
 
 @settings(max_examples=40, deadline=None)
@@ -85,25 +86,59 @@ def test_a_long_run_is_thinned_a_flat_one_has_an_axis_and_a_title_is_only_text()
     with pytest.raises(ValueError, match='at least one'): rates_player()
 
 
-def made(*tables): return RateChart('made', list(range(len(tables))), names, np.stack(tables)[:, None], [0] * len(tables))
+places = ('Omniglot, one shot', 'Omniglot, five shots', 'mini-ImageNet, one shot', 'mini-ImageNet, five shots')
 
 
-@settings(max_examples=50, deadline=None)
+def made(*tables, start=1.): return RateChart('made', list(range(len(tables))), names, np.stack(tables)[:, None], [0] * len(tables), start)
+
+
+def everywhere(*tables, **more): return observations(dict.fromkeys(places, made(*tables, **more)), n=50)
+
+
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.floats(.01, 100))
-def test_verdicts_do_not_depend_on_the_unit_and_one_seed_can_refute(seed, unit):
-    g = np.random.default_rng(seed)
-    a, b = g.normal(size=(2, 6, 5))
-    def verdicts(*tables): return [o['verdict'] for o in observations(*[made(*tables)] * 4)]
-    for alone, scaled in zip(observations(*[made(a, b)] * 4), observations(*[made(unit * a, unit * b)] * 4)): assert np.allclose(alone['values'], scaled['values'], rtol=1e-6)
-    for both, one, other in list(zip(verdicts(a, b), verdicts(a), verdicts(b)))[:5]: assert (both == 'confirmed') == (one == other == 'confirmed')
-    assert verdicts(a)[10] == 'not tested' # a single seed has no mirror
-    assert observations(None)[0] == {'number': 1, 'about': 'the last convolution learns fastest', 'values': [], 'verdict': 'not tested'}
+def test_numbers_are_in_units_of_the_start(seed, unit):
+    tables = np.random.default_rng(seed).normal(size=(3, 6, 5))
+    for alone, scaled in zip(everywhere(*tables), everywhere(*unit * tables, start=unit)):
+        assert np.allclose(alone['values'], scaled['values'], rtol=1e-6) and alone['verdict'] == scaled['verdict']
+
+
+def test_rates_that_never_moved_say_nothing():
+    "A value that a rate began with is no observation, however well it fits a sentence"
+    with np.errstate(invalid='ignore'): assert not [o['about'] for o in everywhere(*[np.full((6, 5), .01)] * 3, start=.01) if o['verdict'] in ('in direction', 'as said')]
+
+
+def test_random_rates_seldom_confirm_a_sentence():
+    g = np.random.default_rng(0)
+    said = [o['verdict'] for _ in range(20) for o in observations({name: made(*g.normal(size=(3, 6, 5)) + .5) for name in places}, n=200) if o['chance']]
+    assert sum(v in ('as said', 'in direction') for v in said) < .1 * len(said)
+
+
+def test_a_single_seed_says_nothing_and_what_is_missing_is_not_tested():
+    g = np.random.default_rng(0)
+    assert {o['verdict'] for o in everywhere(g.normal(size=(6, 5)))} == {'not shown'} # it has no interval
+    assert {o['verdict'] for o in observations({})} == {'not tested'} and len(observations({})) == len(source_observations)
+
+
+def test_each_sentence_has_its_charts():
+    assert {name for o in source_observations for name in o.charts} == set(places)
+    assert all(o.rule in ('above', 'below') and o.part in ('conv', 'weight', 'all') for o in source_observations)
+    about_mirrors, = (o for o in source_observations if 'mirror' in o.about)
+    assert about_mirrors.charts == ('mini-ImageNet, one shot',) # of which the source says it
 
 
 def test_mirrors():
     a = np.random.default_rng(0).normal(size=(6, 5))
-    (signs, sizes), = mirrored(made(a, -a))
-    assert signs == pytest.approx(-1) and sizes == pytest.approx(1)
+    asked = [o for o in source_observations if 'mirror' in o.about or 'magnitudes are alike' in o.about]
+    signs, sizes = observations({places[2]: made(a, -a)}, asked)
+    assert signs['values'] == pytest.approx([-1]) and sizes['values'] == pytest.approx([1])
+
+
+def test_dealt_anew_keeps_each_seeds_rates():
+    tables = np.random.default_rng(0).normal(size=(3, 6, 5))
+    dealt, = dealt_anew([tables], 7)
+    assert dealt.shape == (7, 3, 6, 5) and not np.allclose(dealt[0], dealt[1])
+    assert np.allclose(np.sort(dealt.reshape(7, 3, -1)), np.sort(tables.reshape(3, -1)))
 
 
 def test_changed_rates_change_nothing_else():
@@ -114,3 +149,10 @@ def test_changed_rates_change_nothing_else():
     assert with_rates(meta, lambda t: t).step_sizes['w'].shape == (3, 1)
     with pytest.raises(ValueError, match='shape'): with_rates(meta, lambda t: t[:1])
     with pytest.raises(ValueError, match='no step size'): with_rates(meta._replace(step_sizes={'w': torch.ones(1)}), lambda t: t)
+
+
+def test_the_players_script_ships_with_the_package():
+    root = Path(__file__).parent.parent
+    assert (root / 'mamlpp_nb/rates_player.js').read_text() in rates_player(chart())
+    assert 'mamlpp_nb/*.js' in (root / 'MANIFEST.in').read_text() and "'*.js'" in (root / 'setup.py').read_text()
+    assert '</script' not in (root / 'mamlpp_nb/rates_player.js').read_text() # it would end the script that holds it

@@ -16,7 +16,7 @@ from mamlpp_nb.maml import load_meta
 from mamlpp_nb.config import Config, epoch_parts, set_up
 from mamlpp_nb.runs import first_state, record_schema
 from mamlpp_nb.training import outer_steps
-from mamlpp_nb.reproduce import Row, chosen_rows, over_seeds, read_records, reproduce, results_table, seed_list, tables
+from mamlpp_nb.reproduce import Row, chosen_rows, over_seeds, published, read_records, reproduce, results_table, seed_list, tables
 
 here = Path(__file__).parent
 results = here.parent / 'nbs/results/tables'
@@ -155,6 +155,18 @@ def test_the_pages_show_what_the_records_say(page):
         for who in ('single', 'ensemble'):
             mean, spread, n = over_seeds(found, 'targets', who)
             assert n == 3 and re.search(rf'{mean:.2f} ± {spread:.2f}', shown), f'{page} does not show {row}, {who}'
+
+
+def test_published_numbers_have_one_home():
+    "With their sources, in a file that ships; no page that reads them has them a second time in its sources"
+    root = here.parent
+    assert 'mamlpp_nb/*.json' in (root / 'MANIFEST.in').read_text() and "'*.json'" in (root / 'setup.py').read_text()
+    numbers = {row: n for kind in ('rows', 'others') for table in published[kind].values() for row, n in table.items()}
+    assert all(n['source'] in published['sources'] for n in numbers.values())
+    typed = '|'.join(sorted({re.escape(f"{n['accuracy']:.2f}") for n in numbers.values()}))
+    for page in ('19_reproduce', '20_omniglot', '21_mini_imagenet', '23_beyond'):
+        cells = json.loads((root / f'nbs/{page}.ipynb').read_text())['cells']
+        assert not re.findall(rf'\b({typed})\b', '\n'.join(''.join(c['source']) for c in cells)), page
 
 
 first_losses = json.loads((here.parent / 'nbs/results/first_losses.json').read_text())['rows']
