@@ -38,7 +38,8 @@ def _folder(preset:str, config:Config)->Path: # settings beyond method and seed 
     usual = dataclasses.replace(presets[preset], method=config.method, seed=config.seed, **own)
     settings = jsons.dumps(dataclasses.asdict(config)).encode()
     mark = '' if config == usual else '-' + hashlib.sha256(settings).hexdigest()[:6]
-    name = f'{Path(config.data).stem}-{config.n_way}w{config.k_shot}s' if own else preset
+    length = '-paper' if preset.endswith('-paper') else ''
+    name = f'{Path(config.data).stem}-{config.n_way}w{config.k_shot}s{length}' if own else preset
     return Path('runs')/_file_name(f'{name}-{config.method}-seed{config.seed}{mark}')
 
 def _file_name(text:str)->str: return re.sub(r'[^\w+.-]+', '-', text) # on any system
@@ -64,8 +65,9 @@ def _preset_for(settings:dict)->str: # of own images, by their colours
 # %% ../nbs/a2_command_line.ipynb #e279f2df
 def train_preset(
     preset:Param('settings to begin with: omniglot-20w1s, -20w5s, -5w1s, -5w5s, mini-imagenet-5w1s, -5w5s as the '
-                 'published code has them; with -paper as the paper has them; quickstart; grey-images-5w1s, '
-                 '-5w5s, colour-images-5w1s, -5w5s for --data PATH, where it may be left out',
+                 'published code has them; with -paper as the paper has them; quickstart; for --data PATH '
+                 'grey-images-5w1s, -5w5s, colour-images-5w1s, -5w5s, which take minutes (without a preset -5w1s '
+                 'by the colours), with -paper the length of the paper',
                  str, opt=False, nargs='?')='',
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one
     out:str='', # folder of the run; empty: runs/ and a name made from the settings. A run that is there goes on

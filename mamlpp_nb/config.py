@@ -53,7 +53,7 @@ class Config:
     keep:int = 5                # best epochs to keep, by validation accuracy: the ensemble
     precision:str = 'float32'   # or 'float64', for checks
     seed:int = 0                # of the initial weights and of the training episodes
-    image_size:int = 0          # own images: height and width in pixels; 0: 28 if all are grey, else 84
+    image_size:int = 0          # own images: height and width in pixels; 0: by the pictures, 16 to 32 (grey) or 84
     shares:str = '60/20/20'     # own images that aren't split: shares of the classes for train, val and test
     split_seed:int = 0          # own images that aren't split: of the shuffle of the classes
     shared_head:bool = False    # one row of the head that every class begins from, instead of a row for each
@@ -106,17 +106,23 @@ def _as_in_the_paper(c:Config)->Config: # twice the tasks per outer step, the fi
     epochs = 150 if c.data == 'omniglot' else 100
     return dataclasses.replace(c, n_tasks=2*c.n_tasks, first_order_epochs=50, epochs=epochs)
 
-def _of_own_images(c:Config)->Config: # which want data
-    return dataclasses.replace(c, data='', n_target=5, test_targets=5, rotate=False, shared_head=True)
+_short = {'filters': 32, 'n_tasks': 2, 'outer_lr': 2e-3, 'last_outer_lr': 2e-5} # for a person who waits
 
-_own = {f'{colour}-images-5w{shot}s': _of_own_images(_published[f'{like}-5w{shot}s'])
-        for colour,like in (('grey','omniglot'), ('colour','mini-imagenet')) for shot in (1,5)}
+def _of_own_images(c:Config, **settings)->Config: # which want data
+    return dataclasses.replace(c, data='', n_target=5, test_targets=5, rotate=False, shared_head=True, **settings)
 
-_quick = Config(n_way=5, n_target=5, filters=32, n_tasks=2, epochs=30, iterations=33, multi_step_epochs=2,
-                first_order_epochs=15, outer_lr=2e-3, last_outer_lr=2e-5, validation_tasks=100, test_tasks=200)
+_papers = {f'{name}-paper': _as_in_the_paper(c) for name,c in _published.items()}
+_alike = {f'{colour}-images-5w{shot}s': f'{like}-5w{shot}s'
+          for colour,like in (('grey','omniglot'), ('colour','mini-imagenet')) for shot in (1,5)}
+_own = {name: _of_own_images(_published[like], **_short, epochs=10, iterations=100, multi_step_epochs=1,
+                             first_order_epochs=5, validation_tasks=60, test_tasks=100, keep=3)
+        for name,like in _alike.items()}
+_own_papers = {f'{name}-paper': _of_own_images(_papers[f'{like}-paper']) for name,like in _alike.items()}
 
-presets = {**_published, **{f'{name}-paper': _as_in_the_paper(c) for name,c in _published.items()}, **_own,
-           'quickstart': _quick}
+_quick = Config(n_way=5, n_target=5, **_short, epochs=30, iterations=33, multi_step_epochs=2, first_order_epochs=15,
+                validation_tasks=100, test_tasks=200)
+
+presets = {**_published, **_papers, **_own, **_own_papers, 'quickstart': _quick}
 
 def configure(
     preset:str, # a key of `presets`

@@ -162,6 +162,7 @@ def run_splits(
 )->dict[str,ClassImages|Deal]: # 'train', 'val' and 'test'
     "The data of a run, split as when it began"
     kept, config = read_split(folder), dataclasses.replace(config, data=data) if data else config
+    if kept: config = dataclasses.replace(config, image_size=config.image_size or _kept_size(Path(folder)))
     if kept and not Path(config.data).exists():
         raise ValueError(f'the images of {folder} were in {config.data}, where there is nothing now; '
                          'give the place they are in with --data')
@@ -169,6 +170,12 @@ def run_splits(
     changed = changed_classes(splits, kept) if kept else []
     if changed: say(f"images of {len(changed)} classes have changed since the run began: {', '.join(changed[:20])}")
     return splits
+
+def _kept_size(folder:Path)->int: # of the images that a run has begun with, in pixels; 0: no state is there yet
+    for path in (folder/f'{name}.safetensors' for name in _states):
+        if not path.exists(): continue
+        with contextlib.suppress(Damaged): return (load_meta(path)[1].get('images') or (0,0))[1]
+    return 0
 
 def keep_split(
     folder:Path, # of a run

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from mamlpp_nb.classifier import FewShotClassifier, read_pretrained
-from mamlpp_nb.cli import main
+from mamlpp_nb.cli import _folder, main
 from mamlpp_nb.tasks import image_folder, load_data
-from mamlpp_nb.config import Config, load_splits, set_up
+from mamlpp_nb.config import Config, configure, load_splits, presets, set_up
 from mamlpp_nb.runs import first_state
 from mamlpp_nb.training import train_run
 
@@ -77,11 +77,22 @@ def test_kinds_of_files(tmp_path, own_cache, suffix, mode):
 
 def test_one_coloured_image_makes_all_of_them_colour(tmp_path, own_cache):
     folder = write(tmp_path / 'set', range(5), 2)
-    assert image_folder(folder)['train'].images.shape[1:] == (1, 28, 28)
+    assert image_folder(folder)['train'].images.shape[1:] == (1, 20, 20)
     Image.new('RGB', (9, 31), (255, 0, 0)).save(folder / 'class00' / 'red.png')
     splits = image_folder(folder)
-    assert splits['train'].images.shape[1:] == (3, 84, 84)
+    assert splits['train'].images.shape[1:] == (3, 20, 20)
     assert sum(int(d.count.sum()) for d in splits.values()) == 11 # ragged, and of another shape
+
+
+@pytest.mark.parametrize('mode, side, chosen', [('L', 32, 32), ('RGB', 32, 32), ('L', 28, 28), ('L', 105, 32), ('RGB', 200, 84), ('RGB', 50, 50), ('L', 9, 16)])
+def test_the_pictures_choose_the_size_within_what_can_be_trained(tmp_path, own_cache, mode, side, chosen):
+    folder = write(tmp_path / 'set', range(5), 2, mode=mode, size=(side, side))
+    if mode == 'RGB': Image.new('RGB', (side, side), (255, 0, 0)).save(folder / 'class00' / '0.png')
+    picture(0, 2, size=(300, 10)).save(folder / 'class00' / 'odd.png') # one of another shape changes nothing
+    splits = image_folder(folder)
+    assert splits['train'].images.shape[2:] == (chosen, chosen)
+    assert any(f'sides of {min(10, side)} to 300 pixels: read at {chosen}x{chosen}' in line for line in splits['train'].notes)
+    assert image_folder(folder, size=24)['train'].images.shape[2:] == (24, 24) # whoever says a size gets it
 
 
 def test_files_that_cannot_be_read_are_named_also_the_second_time(tmp_path, own_cache):
@@ -131,7 +142,7 @@ def test_from_a_folder_to_predictions_by_command(tmp_path, own_cache, capsys):
     words = ['train', '--data', str(folder), '--out', str(tmp_path / 'run'), '--device', 'cpu', *(w for k, v in small.items() for w in (f'--{k}', str(v)))]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert '25 classes, 100 grey images' in said
+    assert '25 classes, 100 grey images, 20x20 pixels' in said and 'a minute on this machine' in said
     config = json.loads((tmp_path / 'run' / 'config.json').read_text())['config']
     assert config['shared_head'] and config['data'] == str(folder) and not config['rotate']
     assert main(words) == 0 and 'going on after outer step 3 of 3' in capsys.readouterr().out # complete: nothing is trained again
@@ -187,6 +198,23 @@ def test_a_class_that_came_after_the_run_began_is_left_out_and_said(begun, capsy
     from mamlpp_nb.runs import read_config, run_splits
     now = run_splits(run, read_config(run)[0], lambda text: None)
     assert {s: sorted(d.names) for s, d in now.items()} == before
+
+
+def test_a_run_keeps_the_size_of_its_pictures_when_larger_ones_come(begun, capsys):
+    folder, run = begun
+    write(folder, range(20, 25), 20, size=(60, 60))
+    assert image_folder(folder)['train'].images.shape[2:] == (32, 32)
+    assert main(['train', '--data', str(folder), '--out', str(run), *few_words]) == 0
+    assert '20x20 pixels' in capsys.readouterr().out and read_pretrained(run).size == 20
+
+
+def test_presets_of_own_images_take_minutes_and_the_paper_is_asked_for(tmp_path):
+    for name in ('grey-images-5w1s', 'grey-images-5w5s', 'colour-images-5w1s', 'colour-images-5w5s'):
+        short, long = presets[name], presets[f'{name}-paper']
+        assert short.epochs*short.iterations == 1000 and long.epochs*long.iterations >= 50_000
+        assert long.filters > short.filters and short.shared_head and long.shared_head and not long.rotate
+    a, b = (_folder(name, configure(name, data=str(tmp_path / 'set'))) for name in ('grey-images-5w1s', 'grey-images-5w1s-paper'))
+    assert a.name == 'set-5w1s-mamlpp-seed0' and b.name == 'set-5w1s-paper-mamlpp-seed0'
 
 
 def test_a_class_that_is_gone_is_an_error_and_a_changed_one_is_said(begun, capsys):
