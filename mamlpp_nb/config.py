@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['presets', 'networks', 'imagenet_colours', 'objectives', 'Config', 'configure', 'only_named', 'build_network',
            'image_shape', 'step_operations', 'Objective', 'minus', 'find_objective', 'load_splits', 'split_record',
-           'as_kept', 'changed_classes', 'on_device', 'deals', 'Setup', 'adapting', 'epoch_parts', 'set_up']
+           'as_kept', 'changed_classes', 'on_device', 'deals', 'head_axes', 'Setup', 'adapting', 'epoch_parts',
+           'set_up']
 
 # %% ../nbs/14_config.ipynb #c8000003
 import collections.abc as abc, dataclasses, hashlib, inspect, math
@@ -62,6 +63,7 @@ class Config:
     loss:str = 'cross-entropy'  # a key of `objectives`, or 'package.module:name' of yours
     optimizer:str = 'adam'      # of the outer loop: adam, or 'package.module:name' of one (tensors, learning rate)
     dropout:bool = False        # leave dropout on in the inner loop of training? Off in validation and test
+    start_from:str = ''         # model to begin from: omniglot, or the path of a run or file; empty: random weights
 
     def __post_init__(self): _check(self)
 
@@ -345,7 +347,10 @@ def deals(
     return {split: of(split) for split in splits}
 
 # %% ../nbs/14_config.ipynb #f8d742b3
-def _head_axes(meta:MetaParameters)->dict[str,int]: # by names as in `meta.learned()`: which axis is the classes'
+def head_axes(
+    meta:MetaParameters, # of a run
+)->dict[str,int]: # by names as in `meta.learned()`: which axis is the classes'
+    "What of a model has a row for each class"
     head = head_layer(meta)
     axes = {k: a for k,a in ((f'{head}.weight', -2), (f'{head}.bias', -1)) if k in meta.start}
     per_weight = {k: a for k,a in axes.items() if meta.step_sizes[k].ndim == meta.start[k].ndim + 1}
@@ -353,7 +358,7 @@ def _head_axes(meta:MetaParameters)->dict[str,int]: # by names as in `meta.learn
 
 @torch.no_grad()
 def _share_head(meta:MetaParameters, gradient:abc.Callable)->abc.Callable: # a gradient that keeps the rows equal
-    axes, named = _head_axes(meta), meta.named()
+    axes, named = head_axes(meta), meta.named()
     for k,axis in axes.items(): # in place
         named[k].copy_(named[k].mean(axis, keepdim=True).expand_as(named[k]))
     def of_all_rows(k, g):

@@ -1,6 +1,8 @@
 "Own folders of images: every kind of file, splits, what is left out, and a run from folder to predictions."
+import dataclasses
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -13,8 +15,9 @@ from mamlpp_nb.classifier import FewShotClassifier, read_pretrained
 from mamlpp_nb.cli import _folder, main
 from mamlpp_nb.tasks import image_folder, load_data
 from mamlpp_nb.config import Config, configure, load_splits, presets, set_up
-from mamlpp_nb.runs import first_state
-from mamlpp_nb.training import train_run
+from mamlpp_nb.maml import MetaParameters, read_checkpoint
+from mamlpp_nb.runs import Pretrained, begin_from, first_state, read_config, read_metrics, run_setup, run_splits
+from mamlpp_nb.training import replay, train_run
 
 
 def picture(c, i, mode='L', size=(20, 20)):
@@ -237,3 +240,94 @@ def test_a_folder_that_has_moved_is_named_with_data(begun, capsys):
     assert main(['replay', str(run), '--iteration', '0', '--data', str(moved)]) == 0
     assert main(['train', '--data', str(moved), '--out', str(run), *few_words]) == 0
     assert 'going on after outer step 1' in capsys.readouterr().out
+
+
+# --- beginning from a model
+
+def own_run(folder, out, *words): return main(['train', '--data', str(folder), '--out', str(out), *few_words, *words])
+
+
+def same_bits(a, b):
+    a, b = (read_checkpoint(run / 'last.safetensors')[0] for run in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def school(tmp_path, own_cache, capsys):
+    "A finished run on other pictures of the same kind, and a folder of own classes."
+    other, folder = write(tmp_path / 'other', range(30, 45)), write(tmp_path / 'set', range(1, 16))
+    assert own_run(other, tmp_path / 'school') == 0
+    capsys.readouterr()
+    return tmp_path / 'school', folder
+
+
+def test_a_run_begins_from_another_and_says_so(school, tmp_path, capsys):
+    model, folder = school
+    assert own_run(folder, tmp_path / 'run', '--from', str(model)) == 0
+    assert f'beginning from {model}' in capsys.readouterr().out
+    kept = json.loads((tmp_path / 'run/config.json').read_text())
+    assert kept['config']['start_from'] == str(model) and len(kept['starts'][0]['start_from']) == 16
+    config, splits = Config(**kept['config']), run_splits(tmp_path / 'run', Config(**kept['config']), lambda text: None)
+    begun, learned = run_setup(tmp_path / 'run', config, splits).meta, read_pretrained(model).meta
+    for k, t in begun.named().items(): assert torch.equal(t, learned.named()[k]) # the head, too: both have one shared row
+    assert not torch.equal(first_state(config, set_up(config, splits)).meta.start['conv0.weight'], begun.start['conv0.weight'])
+    repeated = replay(tmp_path / 'run', 0, say=lambda text: None)
+    assert repeated['loss'] == repeated['recorded'] # the first step was taken from there
+    assert not same_bits(model, tmp_path / 'run')
+
+
+def test_a_run_that_began_from_a_model_stops_and_goes_on_without_it(school, tmp_path, capsys):
+    model, folder = school
+    assert own_run(folder, tmp_path / 'whole', '--from', str(model)) == 0
+    for _ in range(2): assert own_run(folder, tmp_path / 'run', '--from', str(model), '--minutes', '1e-9') == 3
+    config = read_config(tmp_path / 'run')[0]
+    shutil.rmtree(model) # the run has its own copy
+    assert own_run(folder, tmp_path / 'run', '--from', str(model)) == 0
+    assert same_bits(tmp_path / 'whole', tmp_path / 'run')
+    assert replay(tmp_path / 'run', 1, say=lambda text: None)['loss'] == read_metrics(tmp_path / 'whole')[0]['losses'][1]
+    assert len({start['start_from'] for start in read_config(tmp_path / 'run')[1]}) == 1
+    with pytest.raises(ValueError, match='start_from'): train_run(dataclasses.replace(config, start_from=''), tmp_path / 'run', say=lambda text: None)
+
+
+def test_the_network_of_the_packaged_model_comes_along(tmp_path, own_cache, capsys):
+    folder, words = write(tmp_path / 'set', range(1, 16)), [w for w in few_words]
+    i = words.index('--filters')
+    del words[i:i+2]
+    words[words.index('--n_steps') + 1] = '5'
+    assert main(['train', '--data', str(folder), '--out', str(tmp_path / 'run'), '--from', 'omniglot', *words]) == 0
+    config = read_config(tmp_path / 'run')[0]
+    assert (config.start_from, config.filters, config.image_size, config.n_way, config.shared_head) == ('omniglot', 32, 28, 2, True)
+    assert read_pretrained(tmp_path / 'run').size == 28 and '28x28 pixels' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('words, named', [(['--filters', '8'], 'filters 4 there, 8 asked for'), (['--image_size', '28'], '20x20 grey images there, 28x28 grey images here'),
+    (['--n_steps', '3'], 'n_steps 2 there, 3 asked for'), (['--method', 'maml'], "method 'mamlpp' there, 'maml' asked for"), (['--strided', 'true'], 'strided False there'), (['--inner_lr', '.1'], 'not both')])
+def test_a_model_that_does_not_fit_is_refused_with_what_differs_and_nothing_is_written(school, tmp_path, capsys, words, named):
+    model, folder = school
+    assert own_run(folder, tmp_path / 'run', '--from', str(model), *words) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+def test_a_grey_model_refuses_colours_and_a_model_that_is_not_there_is_named(school, tmp_path, capsys):
+    model, folder = school
+    Image.new('RGB', (20, 20), (255, 0, 0)).save(folder / 'class01' / 'red.png')
+    assert own_run(folder, tmp_path / 'run', '--from', str(model)) == 2
+    assert '20x20 grey images there, 20x20 colour images here' in capsys.readouterr().err
+    assert own_run(folder, tmp_path / 'run', '--from', str(tmp_path / 'nowhere')) == 2
+    assert 'nor one of omniglot' in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('method', ['mamlpp', 'meta-sgd'])
+def test_rows_of_the_head_are_taken_where_the_ways_agree_and_else_their_mean(method):
+    config = Config(data='glyphs', method=method, **{**small, 'n_way': 4})
+    setup = set_up(config, load_data('glyphs'))
+    tables = {g: {k: torch.rand_like(t) for k, t in table.items()} for g, table in setup.meta._asdict().items()}
+    model = Pretrained(MetaParameters(**tables), setup.net, config, 1, 28)
+    rows, rates = tables['start']['head.weight'], tables['step_sizes']['head.weight']
+    alike, more, shared = (begin_from(set_up(c, load_data('glyphs')), c, model).meta
+                           for c in (config, dataclasses.replace(config, n_way=6), dataclasses.replace(config, shared_head=True)))
+    assert torch.equal(alike.start['head.weight'], rows) and alike.start['head.weight'] is not rows
+    for meta, way in ((more, 6), (shared, 4)):
+        assert torch.allclose(meta.start['head.weight'], rows.mean(0).expand(way, -1)) and meta.start['head.weight'].requires_grad
+        if method == 'meta-sgd': assert torch.allclose(meta.step_sizes['head.weight'], rates.mean(1, keepdim=True).expand(-1, way, -1))
+        assert torch.equal(meta.start['conv1.weight'], tables['start']['conv1.weight'])
