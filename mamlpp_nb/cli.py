@@ -24,11 +24,12 @@ from .quickstart import quickstart
 from .bench import bench
 from .processes import World, join_world
 from .config import Config, configure, presets
-from .runs import best_epochs, plot_run, read_config, read_run, read_settings, run_splits
+from .runs import best_epochs, models_folder, plot_run, read_config, read_run, read_settings, run_splits
+from .runs import settings_from
 from .training import TensorBoardLog, csv_log, exit_codes, grade_run, replay, said_score
 from .training import train_and_test
 from .reproduce import reproduce, seed_list
-from .classifier import adapt_folder
+from .classifier import adapt_folder, predict_folder
 
 # %% ../nbs/a2_command_line.ipynb #2631560b
 def _is_own(config:Config)->bool: return config.data not in data_sets
@@ -38,7 +39,9 @@ def _folder(preset:str, config:Config)->Path: # settings beyond method and seed 
     usual = dataclasses.replace(presets[preset], method=config.method, seed=config.seed, **own)
     settings = jsons.dumps(dataclasses.asdict(config)).encode()
     mark = '' if config == usual else '-' + hashlib.sha256(settings).hexdigest()[:6]
-    name = f'{Path(config.data).stem}-{config.n_way}w{config.k_shot}s' if own else preset
+    length = '-paper' if preset.endswith('-paper') else ''
+    name = f'{Path(config.data).stem}-{config.n_way}w{config.k_shot}s{length}' if own else preset
+    if config.start_from: name += f'-from-{Path(config.start_from).stem}'
     return Path('runs')/_file_name(f'{name}-{config.method}-seed{config.seed}{mark}')
 
 def _file_name(text:str)->str: return re.sub(r'[^\w+.-]+', '-', text) # on any system
@@ -49,13 +52,29 @@ def _convert(name:str, text:str): # a setting from the command line
     except (KeyError, ValueError):
         wanted = 'true or false' if kind is bool else f'a {kind.__name__}'
         raise ValueError(f'--{name} must be {wanted}, got {text!r}') from None
+    if name == 'start_from': return _model_name(value)
     if kind is str and is_object_name(value): return absolute_name(value)
     if name != 'data' or value in data_sets or not Path(value).exists(): return value
     return str(Path(value).resolve()) # a run can be asked for from another folder later
 
+def _model_name(text:str)->str: # one of the package keeps its name, any other is found from any folder
+    packaged = not text or (models_folder/f'{text}.safetensors').exists()
+    return text if packaged else str(Path(text).resolve())
+
+def _with_start(settings:dict, folder:str)->dict: # what comes along with the model that a run begins from
+    if not settings.get('start_from'): return settings
+    if 'inner_lr' in settings:
+        raise ValueError('give --from or --inner_lr, not both: the inner step sizes come with the model')
+    kept = Path(folder)/'start.model' # of a run that has begun: the model itself may be gone
+    taken = settings_from(kept if folder and kept.exists() else settings['start_from'])
+    if not _names_folder(settings.get('data')): del taken['image_size'] # other data have the size they have
+    return {**taken, **settings}
+
+def _names_folder(data:str|None)->bool: return data not in (None, *data_sets) and not is_object_name(data)
+
 def _preset_for(settings:dict)->str: # of own images, by their colours
     data = settings.get('data')
-    if data in (None, *data_sets) or is_object_name(data):
+    if not _names_folder(data):
         raise ValueError(f"name a preset ({', '.join(presets)}), or give --data with a folder of your own images")
     own = {'size': 'image_size', 'shares': 'shares', 'seed': 'split_seed'}
     splits = load_data(data, **{k: settings[name] for k,name in own.items() if name in settings})
@@ -64,8 +83,9 @@ def _preset_for(settings:dict)->str: # of own images, by their colours
 # %% ../nbs/a2_command_line.ipynb #e279f2df
 def train_preset(
     preset:Param('settings to begin with: omniglot-20w1s, -20w5s, -5w1s, -5w5s, mini-imagenet-5w1s, -5w5s as the '
-                 'published code has them; with -paper as the paper has them; quickstart; grey-images-5w1s, '
-                 '-5w5s, colour-images-5w1s, -5w5s for --data PATH, where it may be left out',
+                 'published code has them; with -paper as the paper has them; quickstart; for --data PATH '
+                 'grey-images-5w1s, -5w5s, colour-images-5w1s, -5w5s, which take minutes (without a preset -5w1s '
+                 'by the colours), with -paper the length of the paper',
                  str, opt=False, nargs='?')='',
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one
     out:str='', # folder of the run; empty: runs/ and a name made from the settings. A run that is there goes on
@@ -84,7 +104,7 @@ def train_preset(
     "Train by a preset, or go on training, then test"
     if not 0 <= minutes < math.inf: raise ValueError(f'minutes must be at least 0, got {minutes}')
     if seeds and 'seed' in (settings or {}): raise ValueError('give --seed or --seeds, not both')
-    settings = {k: _convert(k, v) for k,v in (settings or {}).items()}
+    settings = _with_start({k: _convert(k, v) for k,v in (settings or {}).items()}, out)
     preset = preset or _preset_for(settings)
     config = configure(preset, **settings)
     configs = [dataclasses.replace(config, seed=s) for s in seed_list(seeds)] if seeds else [config]
@@ -259,8 +279,8 @@ def replay_step(
 
 # %% ../nbs/a2_command_line.ipynb #1e5442f7
 commands = {'quickstart': quickstart, 'train': train_preset, 'evaluate': evaluate_run, 'runs': runs, 'show': show,
-            'replay': replay_step, 'reproduce': reproduce, 'adapt': adapt_folder, 'bench': bench,
-            'cache': cache_command}
+            'replay': replay_step, 'reproduce': reproduce, 'adapt': adapt_folder, 'predict': predict_folder,
+            'bench': bench, 'cache': cache_command}
 
 def usage()->str: # what `mamlpp --help` prints
     "The commands, a line each"
@@ -268,6 +288,8 @@ def usage()->str: # what `mamlpp --help` prints
     return '\n'.join([f'mamlpp {mamlpp_nb.__version__}: MAML++ built chapter by chapter', '',
                       'usage: mamlpp COMMAND [options]', '', *lines, '',
                       '`mamlpp COMMAND --help` lists the options of a command with defaults and units.'])
+
+_flags = {'start_from': '--from'} # what Python can't have as a name
 
 def command_parser(
     name:str, # a key of `commands`
@@ -279,7 +301,8 @@ def command_parser(
         group = parser.add_argument_group('settings, if they should differ from the preset')
         for field,about in docments(Config, returns=False).items():
             kind = Config.__dataclass_fields__[field].type
-            group.add_argument(f'--{field}', metavar=kind.__name__.upper(), help=(about or '').replace('%', '%%'))
+            flag = _flags.get(field, f'--{field}')
+            group.add_argument(flag, dest=field, metavar=kind.__name__.upper(), help=(about or '').replace('%', '%%'))
     return parser
 
 # %% ../nbs/a2_command_line.ipynb #41186d39

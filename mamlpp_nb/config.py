@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['presets', 'networks', 'imagenet_colours', 'objectives', 'Config', 'configure', 'only_named', 'build_network',
            'image_shape', 'step_operations', 'Objective', 'minus', 'find_objective', 'load_splits', 'split_record',
-           'as_kept', 'changed_classes', 'on_device', 'deals', 'Setup', 'adapting', 'epoch_parts', 'set_up']
+           'as_kept', 'changed_classes', 'on_device', 'deals', 'head_axes', 'Setup', 'adapting', 'epoch_parts',
+           'set_up']
 
 # %% ../nbs/14_config.ipynb #c8000003
 import collections.abc as abc, dataclasses, hashlib, inspect, math
@@ -53,7 +54,7 @@ class Config:
     keep:int = 5                # best epochs to keep, by validation accuracy: the ensemble
     precision:str = 'float32'   # or 'float64', for checks
     seed:int = 0                # of the initial weights and of the training episodes
-    image_size:int = 0          # own images: height and width in pixels; 0: 28 if all are grey, else 84
+    image_size:int = 0          # own images: height and width in pixels; 0: by the pictures, 16 to 32 (grey) or 84
     shares:str = '60/20/20'     # own images that aren't split: shares of the classes for train, val and test
     split_seed:int = 0          # own images that aren't split: of the shuffle of the classes
     shared_head:bool = False    # one row of the head that every class begins from, instead of a row for each
@@ -62,6 +63,7 @@ class Config:
     loss:str = 'cross-entropy'  # a key of `objectives`, or 'package.module:name' of yours
     optimizer:str = 'adam'      # of the outer loop: adam, or 'package.module:name' of one (tensors, learning rate)
     dropout:bool = False        # leave dropout on in the inner loop of training? Off in validation and test
+    start_from:str = ''         # model to begin from: omniglot, or the path of a run or file; empty: random weights
 
     def __post_init__(self): _check(self)
 
@@ -106,17 +108,23 @@ def _as_in_the_paper(c:Config)->Config: # twice the tasks per outer step, the fi
     epochs = 150 if c.data == 'omniglot' else 100
     return dataclasses.replace(c, n_tasks=2*c.n_tasks, first_order_epochs=50, epochs=epochs)
 
-def _of_own_images(c:Config)->Config: # which want data
-    return dataclasses.replace(c, data='', n_target=5, test_targets=5, rotate=False, shared_head=True)
+_short = {'filters': 32, 'n_tasks': 2, 'outer_lr': 2e-3, 'last_outer_lr': 2e-5} # for a person who waits
 
-_own = {f'{colour}-images-5w{shot}s': _of_own_images(_published[f'{like}-5w{shot}s'])
-        for colour,like in (('grey','omniglot'), ('colour','mini-imagenet')) for shot in (1,5)}
+def _of_own_images(c:Config, **settings)->Config: # which want data
+    return dataclasses.replace(c, data='', n_target=5, test_targets=5, rotate=False, shared_head=True, **settings)
 
-_quick = Config(n_way=5, n_target=5, filters=32, n_tasks=2, epochs=30, iterations=33, multi_step_epochs=2,
-                first_order_epochs=15, outer_lr=2e-3, last_outer_lr=2e-5, validation_tasks=100, test_tasks=200)
+_papers = {f'{name}-paper': _as_in_the_paper(c) for name,c in _published.items()}
+_alike = {f'{colour}-images-5w{shot}s': f'{like}-5w{shot}s'
+          for colour,like in (('grey','omniglot'), ('colour','mini-imagenet')) for shot in (1,5)}
+_own = {name: _of_own_images(_published[like], **_short, epochs=10, iterations=100, multi_step_epochs=1,
+                             first_order_epochs=5, validation_tasks=60, test_tasks=100, keep=3)
+        for name,like in _alike.items()}
+_own_papers = {f'{name}-paper': _of_own_images(_papers[f'{like}-paper']) for name,like in _alike.items()}
 
-presets = {**_published, **{f'{name}-paper': _as_in_the_paper(c) for name,c in _published.items()}, **_own,
-           'quickstart': _quick}
+_quick = Config(n_way=5, n_target=5, **_short, epochs=30, iterations=33, multi_step_epochs=2, first_order_epochs=15,
+                validation_tasks=100, test_tasks=200)
+
+presets = {**_published, **_papers, **_own, **_own_papers, 'quickstart': _quick}
 
 def configure(
     preset:str, # a key of `presets`
@@ -339,7 +347,10 @@ def deals(
     return {split: of(split) for split in splits}
 
 # %% ../nbs/14_config.ipynb #f8d742b3
-def _head_axes(meta:MetaParameters)->dict[str,int]: # by names as in `meta.learned()`: which axis is the classes'
+def head_axes(
+    meta:MetaParameters, # of a run
+)->dict[str,int]: # by names as in `meta.learned()`: which axis is the classes'
+    "What of a model has a row for each class"
     head = head_layer(meta)
     axes = {k: a for k,a in ((f'{head}.weight', -2), (f'{head}.bias', -1)) if k in meta.start}
     per_weight = {k: a for k,a in axes.items() if meta.step_sizes[k].ndim == meta.start[k].ndim + 1}
@@ -347,7 +358,7 @@ def _head_axes(meta:MetaParameters)->dict[str,int]: # by names as in `meta.learn
 
 @torch.no_grad()
 def _share_head(meta:MetaParameters, gradient:abc.Callable)->abc.Callable: # a gradient that keeps the rows equal
-    axes, named = _head_axes(meta), meta.named()
+    axes, named = head_axes(meta), meta.named()
     for k,axis in axes.items(): # in place
         named[k].copy_(named[k].mean(axis, keepdim=True).expand_as(named[k]))
     def of_all_rows(k, g):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['split_sizes', 'Place', 'data_sets', 'ClassImages', 'from_labels', 'random_bits', 'stream', 'glyphs', 'tile',
            'read_classes', 'cached', 'omniglot', 'mini_imagenet', 'find_duplicates', 'without_duplicates', 'image_size',
-           'image_folder', 'from_dataset', 'kept_glyphs', 'mini_imagenet_distinct', 'load_data', 'characters',
-           'Episodes', 'EpisodeSampler', 'plot_episode']
+           'fitting_size', 'image_folder', 'from_dataset', 'kept_glyphs', 'mini_imagenet_distinct', 'load_data',
+           'characters', 'Episodes', 'EpisodeSampler', 'plot_episode']
 
 # %% ../nbs/00_tasks.ipynb #00000003
-import collections, collections.abc as abc, dataclasses, functools, hashlib, itertools, json, math, numbers, zipfile
+import collections, collections.abc as abc, contextlib, dataclasses, functools, hashlib, itertools, json, math, numbers
+import statistics, zipfile
 from pathlib import Path
 from typing import Any
 import numpy as np, torch, torch.nn.functional as F, matplotlib.pyplot as plt
@@ -19,7 +20,8 @@ from torch import Tensor
 import mamlpp_nb
 from .files import data_root, kept_tensors
 from .layouts import find_mini_imagenet, find_omniglot, own_pictures, split_names
-from .pictures import any_coloured, image_pixels, list_images, picture_suffixes, plain_image, read_images
+from .pictures import any_coloured, image_pixels, list_images, open_picture, picture_suffixes, plain_image
+from .pictures import read_images
 from .progress import watched
 
 # %% ../nbs/00_tasks.ipynb #00000007
@@ -340,13 +342,38 @@ def _own_splits(whole:ClassImages, shares:str, seed:int)->dict[str,ClassImages]:
     for data in splits.values(): data.names = tuple(name.partition('/')[2] for name in data.names)
     return splits
 
+# %% ../nbs/00_tasks.ipynb #a1d0c7e4
+_least_side, _most_side = 16, {1: 32, 3: 84} # pixels; the latter by channels
+
+def fitting_size(
+    sides:abc.Sequence[int], # widths and heights of some pictures, in pixels
+    channels:int, # 1 grey, 3 colour
+)->int: # height and width, in pixels
+    "The median side, but at least what four halvings need, and at most what a laptop trains in minutes"
+    most = _most_side[channels]
+    return min(max(round(statistics.median(sides)), _least_side), most) if len(sides) else most
+
+def _some_sides(files:list, n:int=200)->list[int]: # widths and heights of n pictures, taken evenly; by their headers
+    sides = []
+    for f in files[::math.ceil(len(files)/n)]:
+        with contextlib.suppress(ValueError): # one that can't be read is named by whoever decodes it
+            sides += open_picture(f.path, f.read, lambda image: image.size)
+    return sides
+
+def _noted_size(files:list, channels:int, notes:list[str])->int: # chosen by the pictures, and said
+    sides = _some_sides(files)
+    size = fitting_size(sides, channels)
+    if {*sides} - {size}: notes.append(f'sides of {min(sides)} to {max(sides)} pixels: read at {size}x{size}')
+    return size
+
 # %% ../nbs/00_tasks.ipynb #a1d0c7e5
 def _read_own(source:Path, size:int)->ClassImages: # classes named 'split/class', or 'all/class'
     refused, notes = [], []
     files = own_pictures(source, refused, notes)
     if not files: raise ValueError(f'no images in {source}: expected a folder for each class, with images in it')
     colour = any_coloured(files)
-    return read_classes(files, size or image_size(3 if colour else 1), 'RGB' if colour else 'L', refused, notes)
+    size = size or _noted_size(files, 3 if colour else 1, notes)
+    return read_classes(files, size, 'RGB' if colour else 'L', refused, notes)
 
 def _refuse_shared(splits:dict[str,ClassImages])->None:
     seen = collections.Counter(name for data in splits.values() for name in data.names)
@@ -359,7 +386,7 @@ def _refuse_shared(splits:dict[str,ClassImages])->None:
 # %% ../nbs/00_tasks.ipynb #a80337d5
 def image_folder(
     source:str|Path, # a folder with a folder for each class, or one split into train, val and test; or a zip of either
-    size:int=0, # height and width to squash images to, in pixels; 0: `image_size`
+    size:int=0, # height and width to squash images to, in pixels; 0: by the pictures, see `fitting_size`
     shares:str='60/20/20', # of the classes that go to train, val and test, where the source isn't split
     seed:int=0, # of the shuffle before the cut
 )->dict[str,ClassImages]: # 'train', 'val', 'test'; each with `refused`, what was left out, and `notes`
@@ -368,7 +395,7 @@ def image_folder(
     if not source.is_dir() and not zipfile.is_zipfile(source):
         raise ValueError(f'{source} is neither a folder nor a zip of images')
     heic = '-heic' if '.heic' in picture_suffixes() else '' # with another Pillow other files are read
-    whole = cached(f'images-{size or "auto"}{heic}', [source], lambda: _read_own(source, size))
+    whole = cached(f'images-{size or "fitting"}{heic}', [source], lambda: _read_own(source, size))
     splits = _own_splits(whole, shares, seed)
     _refuse_shared(splits)
     return splits

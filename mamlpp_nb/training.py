@@ -26,7 +26,8 @@ from .evaluation import gathered_tasks, grade_models, refuse_test, step_logits, 
 from .processes import World, any_process, own_share, shared_gradient, sum_over
 from .config import Config, Setup, epoch_parts, on_device, set_up
 from .runs import finish_epoch, first_state, forget_others, keep_split, keep_state, load_models, load_state
-from .runs import newest_state, open_run, read_config, read_metrics, read_settings, run_splits, step_back, write_json
+from .runs import newest_state, open_run, read_config, read_metrics, read_settings, run_setup, run_splits
+from .runs import step_back, write_json
 
 # %% ../nbs/16_training.ipynb #00000021
 default_norms = ('targets','support','running') # how a test normalises targets, if nobody asks
@@ -341,7 +342,7 @@ def train_run(
 
 # %% ../nbs/16_training.ipynb #61447ad4
 def _begin(open_ones, config, folder, splits, world, say, together, compiled)->_Seed: # a run as its folder has it
-    setup, writes = set_up(config, splits, world.device, compiled), world.rank == 0
+    setup, writes = run_setup(folder, config, splits, world.device, compiled), world.rank == 0
     if writes: folder = open_ones.enter_context(open_run(folder, config, world.device, together, setup.compiled))
     folder = Path(folder)
     any_process(world, False) # nobody reads before the folder is there
@@ -356,6 +357,7 @@ def _begin(open_ones, config, folder, splits, world, say, together, compiled)->_
         if not begun: keep_state(folder, state, config) # a run that is killed at once has a model, too
     rows = [r for r in read_metrics(folder) if r['iteration'] <= state.iteration]
     if writes: forget_others(folder, rows, config) # a stop may have come just before
+    if config.start_from and not state.iteration: say(f'beginning from {config.start_from}')
     whose = f', seed {config.seed}' if together > 1 else ''
     done = f'going on after outer step {state.iteration} of {_last_step(config)}'
     if state.iteration: say(f'{done}{whose}{_moved_on(folder)}')
@@ -543,7 +545,8 @@ def replay(
     if not 0 <= iteration < _last_step(config):
         raise ValueError(f'iteration must be from 0 to {_last_step(config)-1}, got {iteration}')
     as_it_was = starts[-1].get('compiled') # other code rounds otherwise
-    setup = set_up(config, splits or run_splits(folder, config, lambda text: None), device, as_it_was)
+    splits = splits or run_splits(folder, config, lambda text: None)
+    setup = run_setup(folder, config, splits, device, as_it_was)
     state, source = _state_before(folder, iteration, config, setup)
     steps = outer_steps(config, [(setup, state)])
     plan = Plan(say)

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,8 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils import estimator_checks
 
-from mamlpp_nb.classifier import FewShotClassifier, head_for, image_batch, models_folder, read_labels, read_pretrained
+from mamlpp_nb.classifier import FewShotClassifier, NamedImage, contact_sheet, head_for, image_batch, models_folder, read_labels, read_pretrained
+from mamlpp_nb.classifier import wilson_interval, worst_first
 from mamlpp_nb.cli import main
 from mamlpp_nb.maml import load_meta, save_meta
 from mamlpp_nb.tasks import EpisodeSampler
@@ -306,6 +308,83 @@ def test_the_command_names_what_is_wrong(folder, capsys):
     (folder / 'one/ox').symlink_to(support / 'ox')
     assert adapt(capsys, 'omniglot', folder / 'one')[0] == 2
     assert adapt(capsys, folder / 'support/ox/broken.jpg', support)[0] == 2
+
+
+def ask(capsys, *words):
+    code = main([*map(str, words)])
+    return (code, *capsys.readouterr())
+
+
+def test_a_kept_classifier_names_a_folder_later_in_another_process(folder, capsys):
+    kept, unknown = folder / 'c.safetensors', folder / 'unknown'
+    first = ask(capsys, 'adapt', 'omniglot', folder / 'support', '--predict', unknown, '--format', 'csv', '--save', kept)[1]
+    said = subprocess.run([sys.executable, '-m', 'mamlpp_nb.cli', 'predict', kept, unknown, '--format', 'csv'], capture_output=True, text=True, check=True)
+    assert [r.rsplit(',', 5)[0] for r in said.stdout.splitlines()] == [r.rsplit(',', 5)[0] for r in first.splitlines()]
+    assert ask(capsys, 'predict', kept, unknown, '--format', 'csv')[1] == first # as many threads: the same digits
+    one = next(unknown.rglob('*.png'))
+    code, out, _ = ask(capsys, 'predict', kept, one, '--format', 'json')
+    assert code == 0 and [r['path'] for r in json.loads(out)] == [str(one)]
+
+
+def test_a_report_counts_what_folders_say(folder, capsys):
+    kept, unknown = folder / 'c.safetensors', folder / 'unknown'
+    code, out, err = ask(capsys, 'adapt', 'omniglot', folder / 'support', '--predict', unknown, '--format', 'json', '--save', kept, '--report')
+    rows = json.loads(out)
+    right = sum(r['predicted'] == r['path'].split('/')[-2] for r in rows)
+    assert code == 0 and f'{right} of 15 right, {right/15:.1%}' in err and 'mean confidence' in err
+    matrix = [line.split()[2:] for line in err.splitlines() if line[:2].strip().isdigit() and line.split()[1] in rows[0]['probabilities']]
+    assert [int(row[i].replace('·', '0')) for i, row in enumerate(matrix)] == [sum(r['predicted'] == r['path'].split('/')[-2] == c for r in rows) for c in rows[0]['probabilities']]
+    shutil.copy(rows[0]['path'], unknown / 'loose.png')
+    (unknown / 'zebra').mkdir()
+    shutil.copy(rows[0]['path'], unknown / 'zebra' / '0.png')
+    assert '2 more are in no folder with the name of a class' in ask(capsys, 'predict', kept, unknown, '--report')[2]
+    code, out, err = ask(capsys, 'predict', kept, unknown / 'zebra', '--report')
+    assert code == 2 and not out and 'nothing to compare with; the classes are ape, bee, elk, emu, ox' in err
+    code, out, err = ask(capsys, 'adapt', 'omniglot', folder / 'support', '--report') # those it has, each by one that hasn't seen it
+    assert code == 0 and ' of 10 right' in err
+
+
+def test_a_sheet_shows_mistakes_first(folder, capsys, tmp_path):
+    shutil.copy(next((folder / 'unknown/ox').iterdir()), folder / 'support/elk/stray.png')
+    code, out, err = ask(capsys, 'adapt', 'omniglot', folder / 'support', '--sheet', tmp_path / 'sheet.png', '--format', 'json')
+    assert code == 0 and f'11 of 11 pictures are on {tmp_path}/sheet.png' in err
+    page = Image.open(tmp_path / 'sheet.png')
+    assert page.width > 600 and page.height > 300
+    truth = {str(p): p.parent.name for p in (folder / 'support').rglob('*.png')}
+    rows = [NamedImage(r['path'], r['predicted'], np.array([*r['probabilities'].values()]), truth[r['path']]) for r in json.loads(out)]
+    first = worst_first(rows)
+    wrong = [r for r in first if r.wrong]
+    assert any(r.path.endswith('stray.png') for r in wrong) and first[:len(wrong)] == wrong
+    assert [r.confidence for r in wrong] == sorted((r.confidence for r in wrong), reverse=True)
+    others = [r.confidence for r in first[len(wrong):]]
+    assert others == sorted(others)
+    assert contact_sheet(rows, tmp_path / 'few.pdf', most=1) == 1 and (tmp_path / 'few.pdf').read_bytes().startswith(b'%PDF')
+
+
+@pytest.mark.parametrize('words, named', [(['--sheet', 'page.xyz'], '--sheet must end with'), (['--sheet', 'page'], '--sheet must end with')])
+def test_a_sheet_of_no_kind_is_refused_before_the_work(folder, capsys, words, named):
+    code, out, err = ask(capsys, 'adapt', 'omniglot', folder / 'support', *words)
+    assert code == 2 and named in err and not out
+
+
+def test_predict_names_what_is_wrong(folder, capsys):
+    model = models_folder / 'omniglot.safetensors'
+    for words, named in (((model, folder / 'unknown'), 'no fitted classifier'), ((folder / 'nowhere', folder / 'unknown'), 'neither a file')):
+        code, out, err = ask(capsys, 'predict', *words)
+        assert code == 2 and named in err and not out and 'Traceback' not in err
+    kept = folder / 'c.safetensors'
+    assert ask(capsys, 'adapt', 'omniglot', folder / 'support', '--save', kept)[0] == 0
+    (folder / 'empty').mkdir()
+    for place, named in ((folder / 'nowhere', 'not a folder'), (folder / 'empty', 'no images'), (kept, 'no images')):
+        code, out, err = ask(capsys, 'predict', kept, place)
+        assert code == 2 and named in err and not out
+
+
+def test_an_interval_of_a_share_stays_within_0_and_1():
+    for n in (1, 5, 40):
+        for right in range(n + 1):
+            low, high = wilson_interval(right, n)
+            assert 0 <= low <= right/n + 1e-9 and right/n - 1e-9 <= high <= 1 and high - low > .05
 
 
 def test_the_packaged_model_travels_with_the_package_and_its_card_says_what_it_is():

@@ -1,6 +1,8 @@
 "Own folders of images: every kind of file, splits, what is left out, and a run from folder to predictions."
+import dataclasses
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -10,11 +12,12 @@ import torch
 from PIL import Image
 
 from mamlpp_nb.classifier import FewShotClassifier, read_pretrained
-from mamlpp_nb.cli import main
+from mamlpp_nb.cli import _folder, main
 from mamlpp_nb.tasks import image_folder, load_data
-from mamlpp_nb.config import Config, load_splits, set_up
-from mamlpp_nb.runs import first_state
-from mamlpp_nb.training import train_run
+from mamlpp_nb.config import Config, configure, load_splits, presets, set_up
+from mamlpp_nb.maml import MetaParameters, read_checkpoint
+from mamlpp_nb.runs import Pretrained, begin_from, first_state, read_config, read_metrics, run_setup, run_splits
+from mamlpp_nb.training import replay, train_run
 
 
 def picture(c, i, mode='L', size=(20, 20)):
@@ -77,11 +80,22 @@ def test_kinds_of_files(tmp_path, own_cache, suffix, mode):
 
 def test_one_coloured_image_makes_all_of_them_colour(tmp_path, own_cache):
     folder = write(tmp_path / 'set', range(5), 2)
-    assert image_folder(folder)['train'].images.shape[1:] == (1, 28, 28)
+    assert image_folder(folder)['train'].images.shape[1:] == (1, 20, 20)
     Image.new('RGB', (9, 31), (255, 0, 0)).save(folder / 'class00' / 'red.png')
     splits = image_folder(folder)
-    assert splits['train'].images.shape[1:] == (3, 84, 84)
+    assert splits['train'].images.shape[1:] == (3, 20, 20)
     assert sum(int(d.count.sum()) for d in splits.values()) == 11 # ragged, and of another shape
+
+
+@pytest.mark.parametrize('mode, side, chosen', [('L', 32, 32), ('RGB', 32, 32), ('L', 28, 28), ('L', 105, 32), ('RGB', 200, 84), ('RGB', 50, 50), ('L', 9, 16)])
+def test_the_pictures_choose_the_size_within_what_can_be_trained(tmp_path, own_cache, mode, side, chosen):
+    folder = write(tmp_path / 'set', range(5), 2, mode=mode, size=(side, side))
+    if mode == 'RGB': Image.new('RGB', (side, side), (255, 0, 0)).save(folder / 'class00' / '0.png')
+    picture(0, 2, size=(300, 10)).save(folder / 'class00' / 'odd.png') # one of another shape changes nothing
+    splits = image_folder(folder)
+    assert splits['train'].images.shape[2:] == (chosen, chosen)
+    assert any(f'sides of {min(10, side)} to 300 pixels: read at {chosen}x{chosen}' in line for line in splits['train'].notes)
+    assert image_folder(folder, size=24)['train'].images.shape[2:] == (24, 24) # whoever says a size gets it
 
 
 def test_files_that_cannot_be_read_are_named_also_the_second_time(tmp_path, own_cache):
@@ -131,7 +145,7 @@ def test_from_a_folder_to_predictions_by_command(tmp_path, own_cache, capsys):
     words = ['train', '--data', str(folder), '--out', str(tmp_path / 'run'), '--device', 'cpu', *(w for k, v in small.items() for w in (f'--{k}', str(v)))]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert '25 classes, 100 grey images' in said
+    assert '25 classes, 100 grey images, 20x20 pixels' in said and 'a minute on this machine' in said
     config = json.loads((tmp_path / 'run' / 'config.json').read_text())['config']
     assert config['shared_head'] and config['data'] == str(folder) and not config['rotate']
     assert main(words) == 0 and 'going on after outer step 3 of 3' in capsys.readouterr().out # complete: nothing is trained again
@@ -189,6 +203,23 @@ def test_a_class_that_came_after_the_run_began_is_left_out_and_said(begun, capsy
     assert {s: sorted(d.names) for s, d in now.items()} == before
 
 
+def test_a_run_keeps_the_size_of_its_pictures_when_larger_ones_come(begun, capsys):
+    folder, run = begun
+    write(folder, range(20, 25), 20, size=(60, 60))
+    assert image_folder(folder)['train'].images.shape[2:] == (32, 32)
+    assert main(['train', '--data', str(folder), '--out', str(run), *few_words]) == 0
+    assert '20x20 pixels' in capsys.readouterr().out and read_pretrained(run).size == 20
+
+
+def test_presets_of_own_images_take_minutes_and_the_paper_is_asked_for(tmp_path):
+    for name in ('grey-images-5w1s', 'grey-images-5w5s', 'colour-images-5w1s', 'colour-images-5w5s'):
+        short, long = presets[name], presets[f'{name}-paper']
+        assert short.epochs*short.iterations == 1000 and long.epochs*long.iterations >= 50_000
+        assert long.filters > short.filters and short.shared_head and long.shared_head and not long.rotate
+    a, b = (_folder(name, configure(name, data=str(tmp_path / 'set'))) for name in ('grey-images-5w1s', 'grey-images-5w1s-paper'))
+    assert a.name == 'set-5w1s-mamlpp-seed0' and b.name == 'set-5w1s-paper-mamlpp-seed0'
+
+
 def test_a_class_that_is_gone_is_an_error_and_a_changed_one_is_said(begun, capsys):
     folder, run = begun
     picture(3, 99).save(folder / 'class03' / 'more.png')
@@ -209,3 +240,94 @@ def test_a_folder_that_has_moved_is_named_with_data(begun, capsys):
     assert main(['replay', str(run), '--iteration', '0', '--data', str(moved)]) == 0
     assert main(['train', '--data', str(moved), '--out', str(run), *few_words]) == 0
     assert 'going on after outer step 1' in capsys.readouterr().out
+
+
+# --- beginning from a model
+
+def own_run(folder, out, *words): return main(['train', '--data', str(folder), '--out', str(out), *few_words, *words])
+
+
+def same_bits(a, b):
+    a, b = (read_checkpoint(run / 'last.safetensors')[0] for run in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def school(tmp_path, own_cache, capsys):
+    "A finished run on other pictures of the same kind, and a folder of own classes."
+    other, folder = write(tmp_path / 'other', range(30, 45)), write(tmp_path / 'set', range(1, 16))
+    assert own_run(other, tmp_path / 'school') == 0
+    capsys.readouterr()
+    return tmp_path / 'school', folder
+
+
+def test_a_run_begins_from_another_and_says_so(school, tmp_path, capsys):
+    model, folder = school
+    assert own_run(folder, tmp_path / 'run', '--from', str(model)) == 0
+    assert f'beginning from {model}' in capsys.readouterr().out
+    kept = json.loads((tmp_path / 'run/config.json').read_text())
+    assert kept['config']['start_from'] == str(model) and len(kept['starts'][0]['start_from']) == 16
+    config, splits = Config(**kept['config']), run_splits(tmp_path / 'run', Config(**kept['config']), lambda text: None)
+    begun, learned = run_setup(tmp_path / 'run', config, splits).meta, read_pretrained(model).meta
+    for k, t in begun.named().items(): assert torch.equal(t, learned.named()[k]) # the head, too: both have one shared row
+    assert not torch.equal(first_state(config, set_up(config, splits)).meta.start['conv0.weight'], begun.start['conv0.weight'])
+    repeated = replay(tmp_path / 'run', 0, say=lambda text: None)
+    assert repeated['loss'] == repeated['recorded'] # the first step was taken from there
+    assert not same_bits(model, tmp_path / 'run')
+
+
+def test_a_run_that_began_from_a_model_stops_and_goes_on_without_it(school, tmp_path, capsys):
+    model, folder = school
+    assert own_run(folder, tmp_path / 'whole', '--from', str(model)) == 0
+    for _ in range(2): assert own_run(folder, tmp_path / 'run', '--from', str(model), '--minutes', '1e-9') == 3
+    config = read_config(tmp_path / 'run')[0]
+    shutil.rmtree(model) # the run has its own copy
+    assert own_run(folder, tmp_path / 'run', '--from', str(model)) == 0
+    assert same_bits(tmp_path / 'whole', tmp_path / 'run')
+    assert replay(tmp_path / 'run', 1, say=lambda text: None)['loss'] == read_metrics(tmp_path / 'whole')[0]['losses'][1]
+    assert len({start['start_from'] for start in read_config(tmp_path / 'run')[1]}) == 1
+    with pytest.raises(ValueError, match='start_from'): train_run(dataclasses.replace(config, start_from=''), tmp_path / 'run', say=lambda text: None)
+
+
+def test_the_network_of_the_packaged_model_comes_along(tmp_path, own_cache, capsys):
+    folder, words = write(tmp_path / 'set', range(1, 16)), [w for w in few_words]
+    i = words.index('--filters')
+    del words[i:i+2]
+    words[words.index('--n_steps') + 1] = '5'
+    assert main(['train', '--data', str(folder), '--out', str(tmp_path / 'run'), '--from', 'omniglot', *words]) == 0
+    config = read_config(tmp_path / 'run')[0]
+    assert (config.start_from, config.filters, config.image_size, config.n_way, config.shared_head) == ('omniglot', 32, 28, 2, True)
+    assert read_pretrained(tmp_path / 'run').size == 28 and '28x28 pixels' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('words, named', [(['--filters', '8'], 'filters 4 there, 8 asked for'), (['--image_size', '28'], '20x20 grey images there, 28x28 grey images here'),
+    (['--n_steps', '3'], 'n_steps 2 there, 3 asked for'), (['--method', 'maml'], "method 'mamlpp' there, 'maml' asked for"), (['--strided', 'true'], 'strided False there'), (['--inner_lr', '.1'], 'not both')])
+def test_a_model_that_does_not_fit_is_refused_with_what_differs_and_nothing_is_written(school, tmp_path, capsys, words, named):
+    model, folder = school
+    assert own_run(folder, tmp_path / 'run', '--from', str(model), *words) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+def test_a_grey_model_refuses_colours_and_a_model_that_is_not_there_is_named(school, tmp_path, capsys):
+    model, folder = school
+    Image.new('RGB', (20, 20), (255, 0, 0)).save(folder / 'class01' / 'red.png')
+    assert own_run(folder, tmp_path / 'run', '--from', str(model)) == 2
+    assert '20x20 grey images there, 20x20 colour images here' in capsys.readouterr().err
+    assert own_run(folder, tmp_path / 'run', '--from', str(tmp_path / 'nowhere')) == 2
+    assert 'nor one of omniglot' in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('method', ['mamlpp', 'meta-sgd'])
+def test_rows_of_the_head_are_taken_where_the_ways_agree_and_else_their_mean(method):
+    config = Config(data='glyphs', method=method, **{**small, 'n_way': 4})
+    setup = set_up(config, load_data('glyphs'))
+    tables = {g: {k: torch.rand_like(t) for k, t in table.items()} for g, table in setup.meta._asdict().items()}
+    model = Pretrained(MetaParameters(**tables), setup.net, config, 1, 28)
+    rows, rates = tables['start']['head.weight'], tables['step_sizes']['head.weight']
+    alike, more, shared = (begin_from(set_up(c, load_data('glyphs')), c, model).meta
+                           for c in (config, dataclasses.replace(config, n_way=6), dataclasses.replace(config, shared_head=True)))
+    assert torch.equal(alike.start['head.weight'], rows) and alike.start['head.weight'] is not rows
+    for meta, way in ((more, 6), (shared, 4)):
+        assert torch.allclose(meta.start['head.weight'], rows.mean(0).expand(way, -1)) and meta.start['head.weight'].requires_grad
+        if method == 'meta-sgd': assert torch.allclose(meta.step_sizes['head.weight'], rates.mean(1, keepdim=True).expand(-1, way, -1))
+        assert torch.equal(meta.start['conv1.weight'], tables['start']['conv1.weight'])
