@@ -598,7 +598,7 @@ _steps = _object(
               'began': _meaning(_list(_number), 'seconds of training when it began; in older records')})
 
 # %% ../nbs/15_runs.ipynb #7ec0ad02
-_of_tables = {'table': _meaning(_text, 'a key of `tables`'), 'row': _meaning(_text, 'a key of that table')}
+_in_tables = {'table': _meaning(_text, 'a key of `tables`'), 'row': _meaning(_text, 'a key of that table')}
 _of_short_runs = {
     'steps': _meaning(_steps, 'what every outer step gave, a number for each'),
     'planned': _meaning(_number, 'outer steps that the whole run was to have'),
@@ -619,7 +619,7 @@ record_schema = {
     **_object(method=_text, seed=_number, config=_any, seconds=_meaning(_number, 'of training'),
               starts={**_list(_start), 'minItems': 1}, epochs=_list(_object(**_epoch)),
               test={'anyOf': [_test, {'type': 'null'}]}, diverged={'type': ['string','null']},
-              optional=_of_tables | _of_short_runs),
+              optional=_in_tables | _of_short_runs),
     'if': {'required': ['table']},
     'then': {'required': ['row'], 'properties': {'test': _whole_test, **dict.fromkeys(_of_short_runs, False)}},
     'else': {'required': ['steps'], 'properties': {'row': False}}}
