@@ -527,7 +527,7 @@ def name_report(
 def _confusion_lines(counts:np.ndarray, classes:list)->list[str]: # columns are numbered as rows
     wide, digits = max(map(len, map(str, classes))), len(str(max(counts.max(), len(classes)))) + 2
     head = ''.join(f'{i+1:{digits}d}' for i in range(len(classes)))
-    lines = [f"{'folder (row), answer (column)'[:wide+4]:{wide+4}s}{head}"]
+    lines = ['rows: the folder; columns: the answer', ' '*(wide+4) + head]
     for i,(c,row) in enumerate(zip(classes, counts)):
         lines.append(f"{i+1:2d}  {str(c):{wide}s}" + ''.join(f'{k or "·":>{digits}}' for k in row))
     return lines
