@@ -75,6 +75,7 @@ def _by_fours(net):
 
 def _fast(net): return fast_gradient(net, compiled=True)
 
+# %% ../nbs/a1_benchmark.ipynb #a1e0e003
 def _torchopt(net): # what its users write for MAML: one step size, the last step graded
     import torchopt
     def loss_of(weights, bn, x, y): return F.cross_entropy(functional_call(net, {**weights, **bn}, x), y)

@@ -399,6 +399,7 @@ def _left_out(
         classifier.fit([images[i] for i in kept], [labels[i] for i in kept])
         yield from zip(out, classifier.predict_proba([images[i] for i in out]))
 
+# %% ../nbs/18_your_images.ipynb #9a2c24d5
 class NamedImage(NamedTuple):
     "A picture and what it is taken for"
     path:str # of its file
@@ -507,6 +508,7 @@ def confusion(
         if r.labelled is not None: counts[place[r.labelled], place[r.predicted]] += 1
     return counts
 
+# %% ../nbs/18_your_images.ipynb #c0ffee13
 def name_report(
     rows:list[NamedImage], # pictures that have been named
     classes:list, # the classifier's

@@ -46,6 +46,7 @@ def _folder(preset:str, config:Config)->Path: # settings beyond method and seed 
 
 def _file_name(text:str)->str: return re.sub(r'[^\w+.-]+', '-', text) # on any system
 
+# %% ../nbs/a2_command_line.ipynb #2631561b
 def _convert(name:str, text:str): # a setting from the command line
     kind = Config.__dataclass_fields__[name].type
     try: value = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)

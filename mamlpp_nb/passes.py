@@ -143,6 +143,7 @@ def _first_chosen(c:Tensor, w:Tensor, at:Tensor)->Tensor:
     found = [_at_winners(_outputs(c[:,cut], w), rows[:,cut], (c.shape[2],1)) for cut in _cuts(c, w.shape[2])]
     return _put_together(found, c)
 
+# %% ../nbs/10_passes.ipynb #a1e0c005
 def _taps(y:Tensor, at:Tensor, c:Tensor)->Tensor: # (tasks, taps, out)
     "The sum over places of spread(y)·c"
     y, at = _places_in_a_row(y), _places_in_a_row(at)
@@ -183,6 +184,7 @@ def _first_block(c:Tensor, w:Tensor, cov:Tensor, given:tuple|None)->tuple: # its
     if given is None: return best, at, torch.zeros_like(w[:,0]), (w*(cov @ w)).sum(1)
     return best - _beside(given[0]), at, *given
 
+# %% ../nbs/10_passes.ipynb #a1e0c007
 class _Block(NamedTuple): # what a block leaves for the way back
     z:Tensor|None  # the convolution's output about its mean; of the first block only the winners are ever there
     size:tuple     # height and width of z
@@ -345,6 +347,7 @@ class Fused:
         config.recompile_limit = max(64, config.recompile_limit) # one program for each size of the inputs
         return torch.compile(self.plain, dynamic=False, options={'cpp.enable_floating_point_contract_flag': 'fast'})
 
+# %% ../nbs/10_passes.ipynb #a1e0c008
 def _compiler_errors()->tuple: # asked for when there is one: the compiler takes long to import
     inductor = torch._inductor.exc
     return torch._dynamo.exc.TorchDynamoException, inductor.InductorError, inductor.InvalidCxxCompiler

@@ -36,6 +36,7 @@ def _why_autograd(forward, meta, update)->str: # empty: it needn't
         return 'a learned weight has no step size'
     return ''
 
+# %% ../nbs/11_speed.ipynb #a1e0d00a
 def autograd_by_task(
     forward:Forward, # the network as a function of weights
     meta:MetaParameters, # what is learned
@@ -50,6 +51,9 @@ def autograd_by_task(
         for k,g in gradients.items(): total[k] = total[k] + g if k in total else g
     loss, score = torch.stack(sums).mean(0)
     return loss.to(episodes.support_x.dtype), score, {k: g/n for k,g in total.items()}
+
+# %% ../nbs/11_speed.ipynb #a1e0d008
+_by_autograd = 'the meta-gradient is found by autograd through the inner loop, which is slower'
 
 def fast_gradient(
     net:nn.Module, # any network; `Conv4` takes the fast road
@@ -78,8 +82,6 @@ def fast_gradient(
             tell_once(f'torch.func cannot walk this network backwards ({reason}): {_by_autograd}')
             return by_autograd()
     return gradient
-
-_by_autograd = 'the meta-gradient is found by autograd through the inner loop, which is slower'
 
 # %% ../nbs/11_speed.ipynb #0000002e
 def worth_compiling(
