@@ -115,7 +115,7 @@ def method_parameters(
     method:Method, # which parts
     net:nn.Module, # the network, with its initial weights
     images:Tensor, # some images it can take, (images, channels, height, width), to find parameters without an effect
-    n_steps:int=5, # inner steps K
+    n_steps:int=5, # inner steps N
     inner_lr:float=.1, # step size to begin with
 )->MetaParameters:
     "The meta-parameters of a method"
@@ -129,7 +129,7 @@ def loss_parts(
     method:Method, # which parts
     schedule:Schedule, # when they change
     epoch:int, # from 0
-    n_steps:int=5, # inner steps K
+    n_steps:int=5, # inner steps N
 )->dict: # keyword arguments of `meta_loss`
     "What the meta loss is in an epoch"
     annealed = method.derivative == 'annealed' and epoch >= schedule.first_order_epochs
@@ -172,7 +172,7 @@ def every_step(parts:dict)->bool: # from `loss_parts`
 def phases(
     method:Method, # which parts
     schedule:Schedule, # when they change
-    n_steps:int=5, # inner steps K
+    n_steps:int=5, # inner steps N
 )->list[Phase]: # in order; together they have all epochs
     "What a run's outer steps compute, and when that changes"
     each = [loss_parts(method, schedule, epoch, n_steps) for epoch in range(schedule.n_epochs)]
@@ -190,7 +190,7 @@ def method_loop(
     sampler:Deal, # deals the meta-train episodes
     schedule:Schedule, # when the annealed parts change
     epoch_of:abc.Callable[[int],int], # the epoch of an iteration
-    n_steps:int=5, # inner steps K
+    n_steps:int=5, # inner steps N
     n_tasks:int=4, # tasks per outer step
     first:int=0, # iteration to start from
     gradient:abc.Callable=meta_gradient, # what computes an outer step's gradient

@@ -21,7 +21,7 @@ def naive_graded_loss(
     loss_weights:abc.Sequence[float], # w, one for each inner step
     second_order:bool=True, # exact gradient, or its first-order approximation
 )->Tensor: # scalar, mean over tasks
-    "Σᵢ wᵢ L(f(x_T; θᵢ₊₁, bnᵢ), y_T), one task after another: the yardstick of chapters 4 to 7"
+    "Σᵢ wᵢ L(f(x_T; θᵢ, bnᵢ₋₁), y_T), one task after another: the yardstick of chapters 4 to 7"
     total = 0.
     for x_S, y_S, x_T, y_T in zip(episodes.support_x, episodes.support_y, episodes.target_x, episodes.target_y):
         theta = meta.start
@@ -35,10 +35,10 @@ def naive_graded_loss(
 
 # %% ../nbs/04_multi_step_loss.ipynb #0000000e
 def multi_step_weights(
-    n_steps:int, # inner steps K
+    n_steps:int, # inner steps N
     epoch:int, # e, from 0
     anneal_epochs:int, # E: from this epoch on only the last step counts
-)->list[float]: # K weights that sum to 1
+)->list[float]: # N weights that sum to 1
     "What the target loss after each inner step counts (multi-step loss, Antoniou et al. 2018)"
     for name,value,least in (('n_steps', n_steps, 1), ('epoch', epoch, 0), ('anneal_epochs', anneal_epochs, 0)):
         if value < least: raise ValueError(f'{name} must be at least {least}, got {value}')
@@ -48,7 +48,7 @@ def multi_step_weights(
 
 # %% ../nbs/04_multi_step_loss.ipynb #00000010
 def plot_loss_weights(
-    n_steps:int=5, # inner steps K
+    n_steps:int=5, # inner steps N
     anneal_epochs:int=10, # E
     epoch:int|None=None, # mark this one; None: none
     ax:plt.Axes|None=None, # axes to draw on; new ones if None
@@ -62,6 +62,6 @@ def plot_loss_weights(
         weights = multi_step_weights(n_steps, epoch, anneal_epochs)
         ax.axvline(epoch, color='.5', ls=':')
         ax.set_title('w = ' + ' '.join(f'{w:.3f}' for w in weights), fontsize=8)
-    ax.set(xlabel='outer epoch', ylabel='weight of the target loss', ylim=(-.03,1.05))
+    ax.set(xlabel='outer epoch e', ylabel='weight of the target loss', ylim=(-.03,1.05))
     ax.legend(frameon=False, fontsize=7)
     return ax

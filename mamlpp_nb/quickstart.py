@@ -326,7 +326,7 @@ _cures = ('maml', *(f'maml+{part}' for part in parts), 'mamlpp')
 
 book_runs = { # folder: (methods, settings, outer steps)
     'ablation':          (tuple(methods), _ablation, 200),
-    'stability':         (_cures, _unsteady, 150),
+    'stability':         ((*_cures, 'first-order-maml'), _unsteady, 150),
     'stability-2-steps': (('maml',), dataclasses.replace(_unsteady, n_steps=2), 150),
     'pooling':           (('maml',), _usual, 150),
     'strided':           (_cures, dataclasses.replace(_usual, strided=True), 400)}

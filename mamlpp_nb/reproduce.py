@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['published', 'mamlpp_head', 'mamlpp_body', 'conv4_betas_only', 'conv4_fixed_norm', 'tables', 'Row', 'run_operations',
-           'read_records', 'over_seeds', 'seed_interval', 'describe_runs', 'results_table', 'plot_curves', 'seed_list',
-           'chosen_rows', 'at_once', 'reproduce']
+           'read_records', 'over_seeds', 'describe_runs', 'results_table', 'plot_curves', 'seed_list', 'chosen_rows',
+           'at_once', 'reproduce']
 
 # %% ../nbs/19_reproduce.ipynb #00000003
 import collections.abc as abc, dataclasses, fnmatch, functools, json as jsons, math, time
@@ -18,6 +18,7 @@ from .files import write_safely
 from .tasks import load_data
 from .network import Conv4
 from .maml import Diverged, save_meta
+from .diagnostics import seed_interval
 from .step_sizes import step_size_kinds
 from .mamlpp import find_method, methods, phases
 from .processes import World
@@ -184,18 +185,6 @@ def over_seeds(
     mean = float(values.mean()) if len(values) else math.nan
     spread = float(values.std(ddof=1)) if len(values) > 1 else math.nan
     return mean, spread, len(values)
-
-_student = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228) # 95 %, 1 to 10 degrees of freedom
-
-def seed_interval(
-    values:abc.Sequence[float], # one per seed
-)->tuple[float,float]: # mean, and half the width of its 95 % interval (nan for a single seed); in the values' unit
-    "What seeds say together (Student's t)"
-    values = np.asarray(values, float)
-    free = len(values) - 1
-    if free < 1: return float(values.mean()) if len(values) else math.nan, math.nan
-    factor = _student[free-1] if free <= len(_student) else 1.96 + 2.4/free
-    return float(values.mean()), float(factor*values.std(ddof=1)/len(values)**.5)
 
 # %% ../nbs/19_reproduce.ipynb #3d84aacb
 _names = {'omniglot': 'Omniglot', 'mini-imagenet': 'mini-ImageNet'}
