@@ -37,7 +37,7 @@ def step_size_tables(
     meta:MetaParameters, # its step sizes are replaced
     kind:str, # a name in `step_size_kinds`
     inner_lr:float=.1, # to begin with
-    n_steps:int=5, # inner steps K, rows of the tables that have one per step
+    n_steps:int=5, # inner steps N, rows of the tables that have one per step
     idle:abc.Collection[str]=(), # parameters without an effect, from `idle_parameters`: theirs is not learned
 )->MetaParameters:
     "Meta-parameters with step sizes of another shape"
