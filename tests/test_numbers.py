@@ -22,7 +22,7 @@ from mamlpp_nb.config import configure
 from mamlpp_nb.diagnostics import running_mean
 from mamlpp_nb.drawing import recorded
 from mamlpp_nb.maml import MetaParameters
-from mamlpp_nb.reproduce import tables
+from mamlpp_nb.reproduce import read_records, tables
 
 root = Path(__file__).parent.parent
 pages = sorted(p.stem for p in root.glob('nbs/*.ipynb') if p.stem != 'index')
@@ -81,10 +81,16 @@ def longest_part():
 def first_config(table): return next(iter(tables[table].values())).config
 
 
+def sorts(): return len(re.findall(r'\.argsort\(\d\)', inspect.getsource(tasks))) # along an axis of the episodes
+
+
 def outer_steps(config): return f'{config.epochs * config.iterations:,} outer steps'
 
 
 def of_small(config): return f'{config.filters} filters, {config.n_tasks} tasks per outer step, {outer_steps(config)}'
+
+
+def small_records(): return [r for found in read_records(root / 'nbs/results/tables', 'omniglot-small').values() for r in found]
 
 
 def spikes(): return found('03_instability', r'pooling, α 0\.4, 5 steps.*?over median \[ *([\d.]+) +([\d.]+) +([\d.]+)')
@@ -104,7 +110,7 @@ def weights(): return found('08_networks', r'([\d,]+) weights')
 
 # By page: words that must stand in its Summary (or in README), and what makes them: the same words, or a condition.
 claims = {
-    '00_tasks': {'two sorts and one gather': lambda: f"{in_words(len(re.findall(r'\.argsort\(\d\)', inspect.getsource(tasks))))} sorts and one gather"},
+    '00_tasks': {'two sorts and one gather': lambda: f'{in_words(sorts())} sorts and one gather'},
     '02_maml': {'three dicts': lambda: f'{in_words(len(MetaParameters._fields) - len(MetaParameters._field_defaults))} dicts',
                 'to eight digits and more': lambda: max(found('02_maml', r'largest relative error (\S+e-\d+)')) < 1e-8},
     '03_instability': {'first four inner steps': lambda: grown()[:4] == sorted(grown()[:4]) and grown()[4] < grown()[3],
@@ -123,7 +129,8 @@ claims = {
                '32 filters, 4 tasks per outer step, 2,000 outer steps': lambda: of_small(first_config('omniglot-small')),
                'mean over 20 outer steps': lambda: f"mean over {inspect.signature(running_mean).parameters['window'].default} outer steps",
                '200 test tasks': lambda: f"{configure('quickstart').test_tasks} test tasks",
-               'after each inner step': lambda: True,
+               'sees five characters': lambda: f"sees {in_words(inspect.signature(tasks.EpisodeSampler).parameters['n_way'].default)} characters",
+               'for two CPU cores': lambda: all(int(re.search(r'(\d) threads', r['starts'][0]['device'])[1]) <= 2 for r in small_records()),
                'in ten lines': lambda: f"in {in_words(lines_of('method_loop('))} lines",
                'at most fifteen lines': lambda: longest_part() <= words['fifteen']},
 }
@@ -197,13 +204,16 @@ def made_from_records():
     return found
 
 
+fenced = re.compile(r'^```(\w*)\n(.*?)^```$', re.M | re.S)
+
+
 def front_page_problems(text, blocks):
     "What README says and nothing has made."
     wrong = [block for block in blocks if block not in text]
     for block in blocks: text = text.replace(block, '')
-    shown = re.findall(r'^```\n(.*?)\n```$', text, re.M | re.S) # what a cell has put out
+    shown = [block.rstrip('\n') for kind, block in fenced.findall(text) if not kind] # what a cell has put out
     wrong += [block for block in shown if block not in said('index')]
-    return wrong + unaccounted('README', re.sub(r'^```.*?^```$', '', text, flags=re.M | re.S))
+    return wrong + unaccounted('README', fenced.sub('', text))
 
 
 def test_the_front_page_says_what_the_records_say(made_from_records):
@@ -214,7 +224,8 @@ def test_the_front_page_says_what_the_records_say(made_from_records):
 
 def test_no_number_of_the_front_page_could_be_another(made_from_records):
     text = (root / 'README.md').read_text(encoding='utf-8')
-    typed = [m.span() for m in re.finditer(r'^```(?:bash|python)$.*?^```$', text, re.M | re.S)] # commands, not findings
+    typed = [m.span() for m in fenced.finditer(text) if m[1]] # commands, not findings
+    assert not front_page_problems(text, made_from_records)
     changed, start = 0, 0
     for line in text.splitlines(keepends=True):
         for m in numbers_in(line.rstrip('\n')):
