@@ -121,7 +121,7 @@ def test_nbconvert_makes_a_page(path, made):
 
 def test_the_player_is_on_the_page_that_nbconvert_makes(made):
     page = made(root / 'nbs/22_learned_rates.ipynb')
-    charts = json.loads(html.unescape(re.search(r'<div class="rates-player" data-charts="(\[[^"]+)"', page)[1]))
+    charts = json.loads(html.unescape(re.search(r"""<div class="rates-player" data-charts=(["'])(\[.*?\])\1""", page)[2]))
     script = (root / 'mamlpp_nb/rates_player.js').read_text(encoding='utf-8')
     assert script in page and charts and all({'title', 'seeds'} <= set(chart) for chart in charts)
 
