@@ -1,6 +1,7 @@
 """Make README.md from nbs/index.ipynb: text, shown code, and outputs; pictures go to nbs/images/.
 
-nbdev's own way needs Quarto; this one needs what the dev extra already brings.
+nbdev's own way needs Quarto; this one needs what the dev extra already brings. Links of the notebook are relative to
+its folder, so that the page on the web has them right; README lies one folder up.
 """
 import base64
 import json
@@ -10,6 +11,11 @@ from pathlib import Path
 root = Path(__file__).parent.parent
 
 
+def from_root(text):
+    "Markdown with its relative links as README needs them."
+    return re.sub(r'\]\((?!https?:|#)', '](nbs/', text)
+
+
 def output_text(output, picture):
     "An output as Markdown; a PNG is written to `picture` and linked."
     data = output.get('data', {})
@@ -17,7 +23,7 @@ def output_text(output, picture):
         picture.parent.mkdir(exist_ok=True)
         picture.write_bytes(base64.b64decode(data['image/png']))
         return f'![]({picture.relative_to(root).as_posix()})'
-    if 'text/markdown' in data: return ''.join(data['text/markdown'])
+    if 'text/markdown' in data: return from_root(''.join(data['text/markdown']))
     text = ''.join(output.get('text') or data.get('text/plain') or '').rstrip()
     return f'```\n{text}\n```' if text else ''
 
@@ -28,7 +34,7 @@ def readme():
     for cell in json.loads((root / 'nbs/index.ipynb').read_text())['cells']:
         source = ''.join(cell['source'])
         directives, body = re.match(r'((?:#\|.*\n)*)(.*)', source, re.S).groups()
-        if cell['cell_type'] == 'markdown': parts.append(source)
+        if cell['cell_type'] == 'markdown': parts.append(from_root(source))
         elif '#| hide' not in directives + body[:8]:
             if 'echo: false' not in directives: parts.append(f'```python\n{body.strip()}\n```')
             for output in cell['outputs']:

@@ -383,15 +383,16 @@ def read_run(
 
 # %% ../nbs/15_runs.ipynb #b8000015
 def plot_run(
-    run:dict, # from `read_run`
+    run:dict, # from `read_run`; of a record, its epochs as 'metrics'
     axes:abc.Sequence[plt.Axes]|None=None, # three; new ones if None
 )->abc.Sequence[plt.Axes]: # the axes
     "Loss, accuracy and inner step sizes over a run"
     if axes is None: axes = plt.subplots(1, 3, figsize=(11,2.8), layout='constrained')[1]
     left, middle, right = axes
     rows = run['metrics']
-    losses, epochs = np.concatenate([r['losses'] for r in rows]), [r['epoch']+1 for r in rows]
-    left.plot(1 + np.arange(len(losses)), losses, color='.8', lw=.8, label='outer step')
+    epochs = [r['epoch']+1 for r in rows]
+    losses = [loss for r in rows for loss in r.get('losses', ())] # a record has the means alone
+    if losses: left.plot(1 + np.arange(len(losses)), losses, color='.8', lw=.8, label='outer step')
     left.plot([r['iteration'] for r in rows], [r['loss'] for r in rows], 'C0.-', label='mean of an epoch')
     left.set(xlabel='outer step', ylabel='meta loss (nats)', ylim=(0,None))
     left.legend(frameon=False)

@@ -191,6 +191,7 @@ def validation_pace(
     some() # the first compiles
     return seconds_of(some)/portion
 
+# %% ../nbs/16_training.ipynb #e2416001
 def grading_pace(
     setup:Setup, # what to test
     n_steps:int, # inner steps
@@ -210,6 +211,7 @@ def grading_pace(
     some()
     return seconds_of(some)/portion
 
+# %% ../nbs/16_training.ipynb #e2416003
 def useful_norms(
     setup:Setup, # what is tested
 )->tuple[str,...]: # of `default_norms`
@@ -230,6 +232,7 @@ def outer_steps(
         clamp=config.clamp, decay=config.average, longest=config.iterations, together=all_at_once,
         replayed=replay_on(world.device) if captured else None)
 
+# %% ../nbs/16_training.ipynb #e2416005
 def advance(
     steps:OuterSteps, # from `outer_steps`
     config:Config, # the settings
@@ -363,6 +366,7 @@ def _begin(open_ones, config, folder, splits, world, say, together, compiled)->_
     if state.iteration: say(f'{done}{whose}{_moved_on(folder)}')
     return _Seed(config, folder, setup, state, rows)
 
+# %% ../nbs/16_training.ipynb #e241600f
 def _moved_on(folder:Path)->str: # what is not to the bit any more
     _, starts = read_config(folder)
     first, now = starts[0]['device'], starts[-1]['device']
@@ -409,6 +413,7 @@ def _loop(seeds, until, world, stop, reporter, keep_every, captured, log)->bool:
             return True
     return False
 
+# %% ../nbs/16_training.ipynb #e2416009
 def _to(end, seeds, steps, world, stop, tick, pace, keep_every)->float: # up to `end`, unless stopped; seconds of a step
     config, states, kept = seeds[0].config, [s.state for s in seeds], time.monotonic()
     while states[0].iteration < end:
@@ -456,6 +461,7 @@ def task_by_task(
         found.append({'episode': i, 'loss': loss.item(), 'gradient_norm': norm.item()})
     return found
 
+# %% ../nbs/16_training.ipynb #e241600b
 def _diverged(seeds, world)->Diverged: # names the seed, its episodes and what is left
     whole = [s for s in seeds if all(t.isfinite().all() for t in s.state.meta.learned().values())]
     if world.rank == 0: _keep_all(whole)
@@ -559,6 +565,7 @@ def replay(
     return {'iteration': iteration, 'from': source, 'loss': loss, 'recorded': recorded,
             'tasks': task_by_task(config, setup, state)}
 
+# %% ../nbs/16_training.ipynb #e241600d
 def _state_before(folder:Path, iteration:int, config:Config, setup:Setup)->tuple[Learner,str]: # and its file's name
     found = [(0, 'the start', first_state(config, setup))]
     for path in folder.glob('*.safetensors'):

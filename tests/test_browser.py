@@ -169,3 +169,12 @@ def test_the_player_on_the_committed_page_draws(chromium, tmp_path):
     for title in chromium.execute_script("return [...document.querySelectorAll('option')].map(o => o.textContent)"):
         Select(chromium.find_element(By.TAG_NAME, 'select')).select_by_visible_text(title)
         assert 'reduced' in title and title in chromium.find_element(By.TAG_NAME, 'svg').text and len(dots(chromium)) == 90
+
+
+def test_a_page_that_nbconvert_made_shows_its_figures_and_plays(chromium, tmp_path):
+    exporter = pytest.importorskip('nbconvert', reason='nbconvert is not installed').HTMLExporter()
+    (tmp_path / 'page.html').write_text(exporter.from_filename(str(root / 'nbs/22_learned_rates.ipynb'))[0], encoding='utf-8')
+    chromium.get((tmp_path / 'page.html').as_uri())
+    wait(chromium, lambda d: len(dots(d)) == 90)
+    sizes = chromium.execute_script("return [...document.querySelectorAll('.jp-OutputArea img')].map(i => i.complete ? i.naturalWidth : 0)")
+    assert sizes and min(sizes) > 100

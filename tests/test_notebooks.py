@@ -102,10 +102,11 @@ def test_the_readme_says_what_the_records_say():
         each = ', '.join(percent(r) for r in kind)
         mean = sum(100 * last_accuracy(r) for r in kind) / len(kind)
         assert f'{mean:.1f} % on never-seen classes of {data} after {quick_steps} outer steps (seeds 0, 1, 2: {each})' in readme
-        assert f"{max(r['wall_seconds'] for r in kind):.0f} s on {kind[0]['processor']}" in readme
+        assert f"| `mamlpp quickstart` | {quick_steps:,} | {max(r['wall_seconds'] for r in kind) / 60:.1f} minutes |" in readme and f"slow: {kind[0]['processor']} |" in readme
     for r in strangers('bench'):
         for row in r['rows']: assert f"| {row['workload']} | {row['way']} | {row['seconds']:.2f} | {row['spread']:.2f} | {row['ratio']:.2f} |" in readme
-    for r in strangers('tests'): assert f"{r['wall_seconds']/60:.0f} minutes on {r['processor']}" in readme
+    for command, what in (('bash tests/all.sh', 'tests'), ('mamlpp bench', 'bench')):
+        for r in strangers(what): assert f"| `{command}` |  | {r['wall_seconds'] / 60:.0f} minutes |" in readme
     for p in chapters: assert f'](nbs/{p.name})' in readme
 
 
