@@ -223,7 +223,7 @@ def adjoint_gradient(
     calculus:Calculus, # of the network
     meta:MetaParameters, # what is learned; of several seeds: from `stack_seeds`
     episodes:Episodes, # a batch of tasks; of several seeds: as many of each, seed after seed
-    n_steps:int=5, # inner steps K
+    n_steps:int=5, # inner steps N
     second_order:bool=True, # exact gradient, or its first-order approximation
     # weight of the target loss after each step, not graded where it is 0; a tensor is never looked at.
     # None: the last only (MAML)
