@@ -33,7 +33,7 @@ def operations(
     "What an outer step must compute, at the least, in convolutions and the head"
     head = 2*net.head.weight.numel()
     inner, graded = head*(3 + 6*second_order), head*3
-    for i in range(4):
+    for i in range(net.blocks):
         conv = getattr(net, f'conv{i}')
         size = (size-1)//conv.stride[0] + 1
         unit = 2*size*size*conv.weight.numel()

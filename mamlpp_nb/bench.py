@@ -53,7 +53,7 @@ def _noise(c:Config, device:str)->EpisodeSampler: # episodes of black and white 
     images = ClassImages(images, [per_class]*n, [f'class {i}' for i in range(n)])
     return EpisodeSampler(images.to(device), c.n_way, c.k_shot, c.n_target)
 
-def _network(c:Config, seed:int)->Conv4: return Conv4(c.n_way, *image_shape(c), c.filters, c.strided, seed)
+def _network(c:Config, seed:int)->Conv4: return Conv4(c.n_way, *image_shape(c), c.filters, c.strided, seed, c.blocks)
 
 def _naive(net):
     def gradient(forward, meta, episodes, n_steps, second_order, loss_weights):

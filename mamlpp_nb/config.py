@@ -37,6 +37,7 @@ class Config:
     normalise:bool = False      # subtract ImageNet's mean colour and divide by its standard deviation?
     filters:int = 64            # of each convolution
     strided:bool = False        # stride 2 and a global mean instead of max-pooling
+    blocks:int = 4              # of convolution and batch norm
     n_steps:int = 5             # inner steps
     inner_lr:float = .1         # inner step size to begin with
     n_tasks:int = 8             # tasks per outer step
@@ -74,7 +75,7 @@ class Config:
 # %% ../nbs/14_config.ipynb #c8000005
 _least = {**dict.fromkeys(('n_way','validation_tasks','test_tasks'), 2),
           **dict.fromkeys(('k_shot','n_target','test_targets','filters','n_steps','n_tasks'), 1),
-          **dict.fromkeys(('epochs','iterations','keep'), 1)}
+          **dict.fromkeys(('blocks','epochs','iterations','keep'), 1)}
 
 def _check(config:Config)->None: # refuse what can't be; a whole number will do where a float is meant
     for f in dataclasses.fields(config):
@@ -157,13 +158,14 @@ def build_network(
     size:int, # height and width of the images in pixels
     device:str='cpu', # where
 )->nn.Module: # takes pixels in [0, 1]; normalises their colours itself if the settings say so
-    "The network of a run; its maker gets what it names of n_way, channels, size, filters, strided and seed"
+    "The network of a run; its maker gets what it names of n_way, channels, size, filters, strided, blocks, seed"
     make = find_part(config.network, networks, 'network')
     given = {'n_way': config.n_way, 'channels': channels, 'size': size, 'filters': config.filters,
-             'strided': config.strided, 'seed': config.seed}
+             'strided': config.strided, 'blocks': config.blocks, 'seed': config.seed}
     taken = only_named(make, given)
-    if config.strided and 'strided' not in taken:
-        raise ValueError(f'the network {config.network!r} has no strided variant')
+    for name in ('strided','blocks'):
+        if getattr(config, name) != getattr(Config, name) and name not in taken:
+            raise ValueError(f'the network {config.network!r} does not take {name!r}')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = make(**taken)
@@ -204,7 +206,7 @@ def step_operations(
         image = _image_operations(config, channels, size)
         inner = 3 + 6*parts['second_order'] # a gradient is three passes, a product with the Hessian two gradients
         return config.n_tasks*image*(config.n_steps*n_support*inner + graded*n_target*3)
-    net = Conv4(config.n_way, channels, size, config.filters, strided=config.strided)
+    net = Conv4(config.n_way, channels, size, config.filters, config.strided, blocks=config.blocks)
     return operations(net, size, n_support, n_target, n_tasks=config.n_tasks, n_steps=config.n_steps,
                       n_graded=graded, second_order=parts['second_order'])
 

@@ -15,7 +15,7 @@ from .progress import tell_once
 
 # %% ../nbs/01_network.ipynb #00000006
 class Conv4(nn.Module):
-    "Four convolution blocks and a linear head, as in 'How to train your MAML'"
+    "Four convolution blocks and a linear head, as in 'How to train your MAML', or more blocks"
     def __init__(self,
         n_way:int=5, # classes per task, outputs of the head
         channels:int=1, # of the images: 1 grey, 3 colour
@@ -23,16 +23,18 @@ class Conv4(nn.Module):
         filters:int=64, # of each convolution: 64 for Omniglot, 48 for mini-ImageNet
         strided:bool=False, # stride 2 and a global mean instead of max-pooling
         seed:int=0, # of the initial weights
+        blocks:int=4, # of convolution, batch norm, leaky ReLU and, unless strided, pooling
     ):
         super().__init__()
-        if not strided and size < 16:
-            raise ValueError(f'four poolings by 2 leave nothing of a {size}x{size} image; 16 is the least')
-        self.strided = strided
-        for i in range(4):
+        least = 2**blocks
+        if not strided and size < least:
+            raise ValueError(f'{blocks} poolings by 2 leave nothing of a {size}x{size} image; {least} is the least')
+        self.strided, self.blocks = strided, blocks
+        for i in range(blocks):
             conv = nn.Conv2d(filters if i else channels, filters, 3, stride=2 if strided else 1, padding=1)
             setattr(self, f'conv{i}', conv)
             setattr(self, f'norm{i}', nn.BatchNorm2d(filters, track_running_stats=False))
-        self.head = nn.Linear(filters if strided else filters*(size//16)**2, n_way)
+        self.head = nn.Linear(filters if strided else filters*(size//least)**2, n_way)
         g = torch.Generator().manual_seed(seed)
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -40,7 +42,7 @@ class Conv4(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x:Tensor)->Tensor: # (images, channels, height, width) -> logits (images, way)
-        for i in range(4):
+        for i in range(self.blocks):
             x = F.leaky_relu(getattr(self, f'norm{i}')(getattr(self, f'conv{i}')(x)), .01)
             if not self.strided: x = F.max_pool2d(x, 2)
         return self.head(x.mean((2,3)) if self.strided else x.flatten(1))

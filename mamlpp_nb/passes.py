@@ -193,12 +193,12 @@ class _Block(NamedTuple): # what a block leaves for the way back
     q:Tensor       # winners, normalised: max-pooling commutes with what comes after
     a:Tensor       # γq + β; the next block's input is its leaky ReLU, found again where it is needed
 
-# w, gamma, beta: a list of four, gammas above 0; size: of the first convolution's output;
-# k, stride: of pooling and convolutions; given: means and variances, four pairs
+# w, gamma, beta: a list with an entry per block, gammas above 0; size: of the first convolution's output;
+# k, stride: of pooling and convolutions; given: means and variances, a pair per block
 def _conv4_forward(w, gamma, beta, head, bias, c, cov, size, k, stride, given=None):
     "Logits, what the head sees, the blocks, each batch norm's mean and variance"
     blocks, norms, x, z = [], [], None, None
-    for i in range(4):
+    for i in range(len(w)):
         own = given and given[i]
         if i:
             z, mean, var = _centred(_convolve(x, w[i], stride), own)
@@ -230,9 +230,9 @@ def _conv4_gradient(w, gamma, beta, head, bias, c, cov, size, y, k, stride):
     truth = (y[...,None] == torch.arange(logits.shape[2], device=y.device)).to(logits.dtype)
     loss = -(logits.log_softmax(2)*truth).sum(2).mean(1)
     dl = (p - truth)/n
-    dx = _features_back(dl @ head, blocks[3].a, k)
-    dw, dgamma, dbeta, dys, dzs = ([None]*4 for _ in range(5))
-    for i in (3,2,1,0): # backwards
+    dx = _features_back(dl @ head, blocks[-1].a, k)
+    dw, dgamma, dbeta, dys, dzs = ([None]*len(w) for _ in range(5))
+    for i in reversed(range(len(w))):
         b = blocks[i]
         m = n*b.size[0]*b.size[1] # places of a channel
         dys[i] = _relu_back(dx, b.a)
@@ -284,8 +284,8 @@ def _conv4_product(w, gamma, head, c, cov, kept, v, v_head, v_bias, k, stride):
     lt = ft @ head.transpose(1,2) + f @ v_head.transpose(1,2) + v_bias[:,None]
     dlt = p*(lt - (p*lt).sum(2, keepdim=True))/n
     dxt = _features_back(dlt @ head + dl @ v_head, xt, k)
-    dwt, dgammat, dbetat = ([None]*4 for _ in range(3))
-    for i in (3,2,1,0):
+    dwt, dgammat, dbetat = ([None]*len(w) for _ in range(3))
+    for i in reversed(range(len(w))):
         b, (x, xt, zt, s, qt) = blocks[i], moved[i]
         m = n*b.size[0]*b.size[1]
         dyt = _relu_back(dxt, b.a)
@@ -396,18 +396,22 @@ def _prepare(net:Conv4, x:Tensor)->_Ready: # x (tasks, images, channels, height,
     return _Ready(torch.stack(_places(c, (k,k)), 2), _covariance(c), c.shape[2:4], mean)
 
 # %% ../nbs/10_passes.ipynb #b9c2725f
-_convs, _batch_norms = [f'conv{i}.weight' for i in range(4)], [f'norm{i}' for i in range(4)]
+def _convs(w:Weights)->list[str]: # a kernel per block
+    return [f'conv{i}.weight' for i in range(sum(k.startswith('conv') and k.endswith('weight') for k in w))]
+
+def _batch_norms(w:Weights)->list[str]: return [f'norm{i}' for i in range(len(_convs(w)))]
 
 def _channels_last(w:Tensor)->Tensor: # (tasks, out, channels, 3, 3), the same numbers
     return w.flatten(0,1).contiguous(memory_format=torch.channels_last).view(w.shape)
 
-def _kernels(w:Weights)->list[Tensor]: # (tasks, taps, out), then three (tasks, out, channels, 3, 3)
+def _kernels(w:Weights)->list[Tensor]: # (tasks, taps, out), then (tasks, out, channels, 3, 3) each
     "Kernels in the layout the passes like"
-    return [w[_convs[0]].flatten(2).transpose(1,2).contiguous(), *(_channels_last(w[k]) for k in _convs[1:])]
+    first, *others = (w[k] for k in _convs(w))
+    return [first.flatten(2).transpose(1,2).contiguous(), *map(_channels_last, others)]
 
-def _signs(w:Weights)->list[Tensor]: # four of (tasks, channels)
+def _signs(w:Weights)->list[Tensor]: # (tasks, channels) per block
     "1, and -1 where a gamma is negative"
-    gammas = (w[f'{n}.weight'] for n in _batch_norms)
+    gammas = (w[f'{n}.weight'] for n in _batch_norms(w))
     return [torch.ones_like(g).copysign(g) for g in gammas]
 
 def _by_signs(kernels:list[Tensor], signs:list[Tensor])->list[Tensor]:
@@ -416,18 +420,18 @@ def _by_signs(kernels:list[Tensor], signs:list[Tensor])->list[Tensor]:
 
 def _for_passes(w:Weights, signs:list[Tensor])->tuple: # kernels, gammas, betas, head, its bias
     "The arguments of the passes, as far as they are weights"
-    betas = [w[f'{n}.bias'] for n in _batch_norms]
-    gammas = [w[f'{n}.weight'].abs() for n in _batch_norms]
+    betas = [w[f'{n}.bias'] for n in _batch_norms(w)]
+    gammas = [w[f'{n}.weight'].abs() for n in _batch_norms(w)]
     return _by_signs(_kernels(w), signs), gammas, betas, w['head.weight'], w['head.bias']
 
 def _under_names(dw, dgamma, dbeta, dhead, dbias, signs, like:Weights)->Weights: # kernels shaped as in `like`
     "What the passes return, by the names of the weights"
-    dw = _by_signs(dw, signs)
-    first = dw[0].transpose(1,2).reshape(like[_convs[0]].shape)
-    found = dict(zip(_convs, [first, *dw[1:]]))
+    dw, convs, norms = _by_signs(dw, signs), _convs(like), _batch_norms(like)
+    first = dw[0].transpose(1,2).reshape(like[convs[0]].shape)
+    found = dict(zip(convs, [first, *dw[1:]]))
     found |= {'head.weight': dhead, 'head.bias': dbias}
-    found |= {f'{n}.weight': g*s for n,g,s in zip(_batch_norms, dgamma, signs)}
-    found |= {f'{n}.bias': b for n,b in zip(_batch_norms, dbeta)}
+    found |= {f'{n}.weight': g*s for n,g,s in zip(norms, dgamma, signs)}
+    found |= {f'{n}.bias': b for n,b in zip(norms, dbeta)}
     return found
 
 # %% ../nbs/10_passes.ipynb #e44849e2
@@ -472,12 +476,12 @@ class ReadyImages:
         return self.kept
 
 # %% ../nbs/10_passes.ipynb #7b4d8e94
-def _running(i:int)->tuple[str,str]: return f'{_batch_norms[i]}.running_mean', f'{_batch_norms[i]}.running_var'
+def _running(i:int)->tuple[str,str]: return f'norm{i}.running_mean', f'norm{i}.running_var'
 
-def _counts(n_images:int, size:abc.Sequence[int], k:int)->list[int]: # size: of the first convolution's output
-    "Of how many numbers each of the four batch norms takes the mean"
+def _counts(n_images:int, size:abc.Sequence[int], k:int, blocks:int)->list[int]: # size: of the first output
+    "Of how many numbers each batch norm takes the mean"
     counts = []
-    for _ in range(4):
+    for _ in range(blocks):
         counts.append(n_images*size[0]*size[1])
         size = [n//2 if k == 2 else (n-1)//2 + 1 for n in size]
     return counts
@@ -490,12 +494,12 @@ def _predict_portion(passes, geometry, weights, x, given): # x: from `_prepare`
     "Logits and statistics of a portion; the passes leave out the shift that batch norm takes away"
     signs = _signs(weights)
     w, *rest = _for_passes(weights, signs)
-    shifts = [weights[f'conv{i}.bias'] for i in range(4)]
+    shifts = [weights[f'conv{i}.bias'] for i in range(len(w))]
     shifts[0] = shifts[0] + (x.mean[:,None] @ w[0])[:,0]*signs[0]
     norms = None
-    if given: norms = [((given[m] - t)*s, given[v]) for s,t,(m,v) in zip(signs, shifts, map(_running, range(4)))]
+    if given: norms = [((given[m] - t)*s, given[v]) for s,t,(m,v) in zip(signs, shifts, map(_running, range(len(w))))]
     logits, found = passes(w, *rest, x.c, x.cov, x.size, *geometry, norms)
-    statistics, counts = {}, _counts(x.c.shape[1], x.size, geometry[0])
+    statistics, counts = {}, _counts(x.c.shape[1], x.size, geometry[0], len(w))
     for i,((mean,var),s,t,n) in enumerate(zip(found, signs, shifts, counts)):
         statistics |= zip(_running(i), (mean*s + t, var*(n/(n-1))))
     return logits, statistics

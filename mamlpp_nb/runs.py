@@ -490,7 +490,7 @@ def _model_in(folder:Path)->tuple[Path,str]: # of a run or a quickstart: its bes
     return files[0], how_unfinished(folder, read_config(folder)[0])
 
 # %% ../nbs/15_runs.ipynb #2b498aa1
-_of_network, _of_tables = ('network','filters','strided','normalise'), ('method','n_steps') # settings
+_of_network, _of_tables = ('network','filters','strided','blocks','normalise'), ('method','n_steps') # settings
 
 def settings_from(
     model:str|Path, # see `find_model`

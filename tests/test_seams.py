@@ -312,7 +312,7 @@ def test_logs_are_told_each_epoch(drawn, tmp_path):
 def test_names_that_mean_nothing_are_refused_before_any_work(drawn, tmp_path):
     for changes, said in (({'network': 'conv5'}, "no network 'conv5'; choose from conv4"), ({'network': 'nowhere:net'}, 'cannot be imported'),
                           ({'loss': 'hinge'}, "no loss 'hinge'"), ({'network': 'math:sqrt'}, 'sqrt'), ({'network': f'{own_file}:nothing'}, "no 'nothing'"),
-                          ({'network': f'{own_file}:Residual', 'strided': True}, 'no strided variant')):
+                          ({'network': f'{own_file}:Residual', 'strided': True}, "does not take 'strided'"), ({'network': 'resnet12', 'blocks': 5}, "does not take 'blocks'")):
         with pytest.raises((ValueError, TypeError), match=said): set_up(dataclasses.replace(tiny, **changes), drawn)
     with pytest.raises(ValueError, match='is no method'): Config(method=f'{own_file}:smooth')
 

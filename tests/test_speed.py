@@ -69,8 +69,8 @@ def test_any_size_of_image(size, channels):
     g = torch.Generator().manual_seed(0)
     x, y, z = torch.rand(2, 6, channels, size, size, generator=g, dtype=torch.float64), torch.arange(3).repeat(2, 2), torch.zeros(2, 3, dtype=torch.int64)
     e = Episodes(x, y, x.flip(1), y.flip(1), z, z, z)
-    for strided in (False, True):
-        net = Conv4(3, channels, size, 5, strided).double()
+    for strided, blocks in ((False, 4), (True, 4), (True, 6), (False, 3), (False, 1)):
+        net = Conv4(3, channels, size, 5, strided, blocks=blocks).double()
         meta = scattered(net, 'mamlpp', e)
         agree(fast_gradient(net)(None, meta, e, n_steps=5), *naive(net, meta, e), 1e-9)
 
@@ -130,10 +130,10 @@ def test_impossible_weights_are_refused(drawn):
         with pytest.raises(ValueError, match='loss_weights'): fast_gradient(net)(None, maml_parameters(net), e, loss_weights=weights)
 
 
-@pytest.mark.parametrize('strided, size, channels, targets', [(False, 28, 1, 5), (True, 28, 1, 10), (False, 84, 3, 15)])
-def test_the_count_is_what_pytorch_counts(strided, size, channels, targets):
+@pytest.mark.parametrize('strided, size, channels, targets, blocks', [(False, 28, 1, 5, 4), (True, 28, 1, 10, 4), (True, 28, 1, 5, 6), (False, 84, 3, 15, 4)])
+def test_the_count_is_what_pytorch_counts(strided, size, channels, targets, blocks):
     from torch.utils.flop_counter import FlopCounterMode
-    net = Conv4(5, channels, size, 8, strided)
+    net = Conv4(5, channels, size, 8, strided, blocks=blocks)
     x, y, z = (lambda n: torch.rand(2, n, channels, size, size)), (lambda n: (torch.arange(n) % 5).repeat(2, 1)), torch.zeros(2, 5, dtype=torch.int64)
     e = Episodes(x(5), y(5), x(targets), y(targets), z, z, z)
     meta = maml_parameters(net, .1)
@@ -307,13 +307,13 @@ def test_the_inner_loop_without_a_graph(drawn):
     with pytest.raises(ValueError, match='second'): next(fast_inner_loop(net)(None, meta, e.support_x, e.support_y, second_order=True))
 
 
-@pytest.mark.parametrize('strided', [False, True])
+@pytest.mark.parametrize('strided, blocks', [(False, 4), (True, 4), (True, 5)])
 @pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.weekly)])
-def test_fast_predictions_say_what_the_plain_ones_say(strided, compiled): # colours, an odd size where it matters, more tasks than a portion, shifted pixels
+def test_fast_predictions_say_what_the_plain_ones_say(strided, blocks, compiled): # colours, an odd size where it matters, more tasks than a portion, shifted pixels
     g, size = torch.Generator().manual_seed(0), 21 if strided else 19
     images = lambda n: torch.rand(5, n, 3, size, size, generator=g, dtype=torch.float64)
     e = Episodes(images(6), torch.arange(3).repeat(5, 2), 1.3 * images(9), torch.arange(3).repeat(5, 3), torch.zeros(5, 3), None, None)
-    net = Conv4(3, 3, size, 4, strided).double()
+    net = Conv4(3, 3, size, 4, strided, blocks=blocks).double()
     net.register_forward_pre_hook(lambda net, inputs: ((inputs[0] - .4) / .3,))
     meta = scattered(net, 'mamlpp', e)
     for t in (t for k, t in meta.start.items() if k.endswith('bias')): t.data += torch.rand(t.shape, generator=g, dtype=t.dtype)
