@@ -20,8 +20,8 @@ from mamlpp_nb.speed import fast_gradient
 from mamlpp_nb.tasks import EpisodeSampler, characters
 
 path = Path(__file__).parent.parent / 'nbs/results/instruments.json'
-n_outer, every, per_epoch, n_tasks, n_steps = 300, 75, 10, 4, 5
-schedule = Schedule(n_epochs=n_outer // per_epoch, multi_step_epochs=3, first_order_epochs=10)
+n_outer, every, per_epoch, n_tasks, n_steps = 200, 50, 10, 4, 5
+schedule = Schedule(n_epochs=n_outer // per_epoch, multi_step_epochs=2, first_order_epochs=7)
 n_probe, n_paths = 32, 2 # tasks of a look; tasks whose way is followed
 wanted = {.1: ('maml', 'mamlpp'), .4: ('maml', 'mamlpp')}
 runs = {f'{method}, α {alpha}': (method, alpha) for alpha, methods in wanted.items() for method in methods}
@@ -66,12 +66,12 @@ def along_the_way(forward, meta, probe):
 def look(forward, meta, probe, idle, gradient):
     "All instruments at one point of training"
     exact, first = (gradients(forward, meta, probe, idle, order, gradient) for order in (True, False))
-    steep = step_times_curvature(forward, meta, probe[:n_tasks]).abs().median().item()
-    return {**of_gradients(exact, first), 'αλ at the start': steep, 'αλ along the way': along_the_way(forward, meta, probe)}
+    steep = step_times_curvature(forward, meta, probe[:n_tasks], n_rounds=10).abs().median().item()
+    return {**of_gradients(exact, first), 'αλ at the start': steep}
 
 
 def train(method, alpha, seed, splits):
-    "One run, looked at every 75 outer steps; what is learned doesn't depend on the looks"
+    "One run, looked at every fifty outer steps; what is learned doesn't depend on the looks"
     begin, net = time.monotonic(), Conv4(5, filters=32, seed=seed)
     deal = EpisodeSampler(splits['train'], n_target=1, rotate=True, seed=seed)
     probe = EpisodeSampler(splits['train'], n_target=1, rotate=True, seed=1000 + seed)(0, n_probe)
@@ -81,12 +81,13 @@ def train(method, alpha, seed, splits):
     gradient = fast_gradient(net)
     loop = method_loop(method, forward, meta, deal, schedule, lambda i: i // per_epoch, n_steps, n_tasks, gradient=gradient)
     looks, history = {0: look(forward, meta, probe, idle, gradient)}, []
+    ways = [along_the_way(forward, meta, probe)]
     for p in loop:
         history.append(p)
         if len(history) % every == 0: looks[len(history)] = look(forward, meta, probe, idle, gradient)
         if len(history) == n_outer: break
     return {'loss': [p.loss for p in history], 'gradient_norm': [p.gradient_norm for p in history], 'looks': looks,
-            'seconds': time.monotonic() - begin}
+            'αλ along the way': [*ways, along_the_way(forward, meta, probe)], 'seconds': time.monotonic() - begin}
 
 
 def rounded(value):
