@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['method_colors', 'load_records', 'running_mean', 'steps_of', 'steps_done', 'score_of', 'plot_runs', 'plot_losses',
            'largest_setback', 'falling_trend', 'setback_by_chance', 'stability', 'summary', 'seed_interval',
-           'idle_parameters', 'start_gradient', 'gradient_statistics', 'path_lengths', 'largest_curvature',
-           'step_times_curvature']
+           'validated', 'steps_to', 'idle_parameters', 'start_gradient', 'gradient_statistics', 'path_lengths',
+           'largest_curvature', 'step_times_curvature']
 
 # %% ../nbs/03_instability.ipynb #00000003
 import collections.abc as abc, copy, itertools, json, math
@@ -165,6 +165,26 @@ def seed_interval(
     if free < 1: return float(values.mean()) if len(values) else math.nan, math.nan
     factor = _student[free-1] if free <= len(_student) else 1.96 + 2.4/free
     return float(values.mean()), float(factor*values.std(ddof=1)/len(values)**.5)
+
+# %% ../nbs/03_instability.ipynb #c3000002
+def validated(
+    run:dict, # a run record with epochs
+)->tuple[np.ndarray,np.ndarray]: # outer steps done, and accuracy in % after the last inner step; one per epoch
+    "The validation curve of a run"
+    accuracy = [100*row['validation']['accuracy'][-1] for row in run['epochs']]
+    return np.array([row['iteration'] for row in run['epochs']]), np.array(accuracy)
+
+def steps_to(
+    run:dict, # a run record with epochs
+    level:float, # validation accuracy in %
+)->float: # outer steps, at least an epoch's; nan if it never gets there
+    "How soon a run first reached an accuracy"
+    steps, accuracy = validated(run)
+    reached = np.flatnonzero(accuracy >= level)
+    if not len(reached): return math.nan
+    last = int(reached[0])
+    if not last: return float(steps[0])
+    return float(np.interp(level, accuracy[last-1:last+1], steps[last-1:last+1]))
 
 # %% ../nbs/03_instability.ipynb #00000014
 def idle_parameters(
