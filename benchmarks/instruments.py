@@ -1,40 +1,41 @@
-"""Chapter 3's instruments along training: makes nbs/results/instruments.json. Not part of the tests.
+"""Chapter 3's instruments before, in and after training: makes nbs/results/instruments.json. Not part of the tests.
 
-    python benchmarks/instruments.py                  what the record still lacks; a minute or two per run on one core
-    python benchmarks/instruments.py --only maml      runs whose name has this in it
+    python benchmarks/instruments.py        what the record still lacks; some seconds per look, twenty more to train 200 outer steps
+
+The runs are those of the table omniglot-small, 5-way 1-shot. What they ended with lies beside their records; the first outer
+steps of MAML and MAML++ are done again here, from the same seeds with the same tasks.
 """
-import argparse
+import dataclasses
 import json
-import time
 from pathlib import Path
 
 import torch
 
+from mamlpp_nb.config import set_up
 from mamlpp_nb.diagnostics import idle_parameters, step_times_curvature
 from mamlpp_nb.files import write_safely
 from mamlpp_nb.machine import provenance
-from mamlpp_nb.maml import inner_loop, keep_freed_memory
-from mamlpp_nb.mamlpp import Schedule, find_method, method_loop, method_parameters
-from mamlpp_nb.network import Conv4, task_batched
-from mamlpp_nb.speed import fast_gradient
-from mamlpp_nb.tasks import EpisodeSampler, characters
+from mamlpp_nb.maml import inner_loop, keep_freed_memory, load_meta
+from mamlpp_nb.reproduce import tables
+from mamlpp_nb.runs import first_state
+from mamlpp_nb.tasks import EpisodeSampler, load_data
+from mamlpp_nb.training import advance, outer_steps
 
-path = Path(__file__).parent.parent / 'nbs/results/instruments.json'
-n_outer, every, per_epoch, n_tasks, n_steps = 200, 50, 10, 4, 5
-schedule = Schedule(n_epochs=n_outer // per_epoch, multi_step_epochs=2, first_order_epochs=7)
-n_probe, n_paths = 32, 2 # tasks of a look; tasks whose way is followed
-wanted = {.1: ('maml', 'mamlpp'), .4: ('maml', 'mamlpp')}
-runs = {f'{method}, α {alpha}': (method, alpha) for alpha, methods in wanted.items() for method in methods}
+results = Path(__file__).parent.parent / 'nbs/results'
+path, table, n_tasks, n_steps = results / 'instruments.json', 'omniglot-small', 4, 5
+n_probe, n_paths = 32, 3 # tasks of a look; tasks whose way is followed
+between = 20, 60, 200 # outer steps after which to look
+methods, followed = ('maml', 'mamlpp', 'maml+msl', 'maml+bn', 'maml+lslr'), ('maml', 'mamlpp')
 
 
 def cosine(a, b): return torch.cosine_similarity(a, b, dim=-1)
 
 
-def gradients(forward, meta, probe, idle, second_order, gradient):
+def gradients(setup, meta, probe, idle, second_order):
     "(tasks, weights): of each task by itself, what the target loss after the last step sends back to θ₀"
     each = []
     for t in range(len(probe)):
-        found = gradient(forward, meta, probe[t:t+1], n_steps=n_steps, second_order=second_order)[2]
+        found = setup.gradient(setup.forward, meta, probe[t:t+1], n_steps=n_steps, second_order=second_order)[2]
         each.append(torch.cat([g.flatten() for k, g in found.items() if k.startswith('start/') and k.removeprefix('start/') not in idle]))
     return torch.stack(each)
 
@@ -63,31 +64,21 @@ def along_the_way(forward, meta, probe):
     return found
 
 
-def look(forward, meta, probe, idle, gradient):
+def look(setup, meta, probe):
     "All instruments at one point of training"
-    exact, first = (gradients(forward, meta, probe, idle, order, gradient) for order in (True, False))
-    steep = step_times_curvature(forward, meta, probe[:n_tasks], n_rounds=10).abs().median().item()
-    return {**of_gradients(exact, first), 'αλ at the start': steep}
+    idle = idle_parameters(setup.net, probe.support_x[0])
+    found = of_gradients(*(gradients(setup, meta, probe, idle, order) for order in (True, False)))
+    return {**found, 'αλ along the way': along_the_way(setup.forward, meta, probe)}
 
 
-def train(method, alpha, seed, splits):
-    "One run, looked at every fifty outer steps; what is learned doesn't depend on the looks"
-    begin, net = time.monotonic(), Conv4(5, filters=32, seed=seed)
-    deal = EpisodeSampler(splits['train'], n_target=1, rotate=True, seed=seed)
-    probe = EpisodeSampler(splits['train'], n_target=1, rotate=True, seed=1000 + seed)(0, n_probe)
-    idle, forward = idle_parameters(net, probe.support_x[0]), task_batched(net)
-    method = find_method(method)
-    meta = method_parameters(method, net, probe.support_x[0], n_steps, alpha)
-    gradient = fast_gradient(net)
-    loop = method_loop(method, forward, meta, deal, schedule, lambda i: i // per_epoch, n_steps, n_tasks, gradient=gradient)
-    looks, history = {0: look(forward, meta, probe, idle, gradient)}, []
-    ways = [along_the_way(forward, meta, probe)]
-    for p in loop:
-        history.append(p)
-        if len(history) % every == 0: looks[len(history)] = look(forward, meta, probe, idle, gradient)
-        if len(history) == n_outer: break
-    return {'loss': [p.loss for p in history], 'gradient_norm': [p.gradient_norm for p in history], 'looks': looks,
-            'αλ along the way': [*ways, along_the_way(forward, meta, probe)], 'seconds': time.monotonic() - begin}
+def looks_between(setup, config, probe):
+    "The first outer steps of a run, with looks; what is learned doesn't depend on them"
+    state, found = first_state(config, setup), {}
+    steps = outer_steps(config, [(setup, state)])
+    for end in between:
+        advance(steps, config, end - state.iteration)
+        found[end] = look(setup, state.model, probe)
+    return found
 
 
 def rounded(value):
@@ -97,20 +88,27 @@ def rounded(value):
     return float(f'{value:.4g}') if isinstance(value, float) else value
 
 
+def one_look(method, seed, when, splits):
+    "What the record says of a method at a time: by outer steps done"
+    config = dataclasses.replace(tables[table][f'5w1s-{method}'].config, seed=seed)
+    setup = set_up(config, splits, 'cpu', compiled=False)
+    probe = EpisodeSampler(splits['train'], n_target=1, rotate=True, seed=1000 + seed)(0, n_probe) # tasks of no run
+    if when == 'start': return {0: look(setup, setup.meta, probe)}
+    if when == 'between': return looks_between(setup, config, probe)
+    trained, _ = load_meta(results / f'tables/{table}/5w1s-{method}-seed{seed}.safetensors')
+    return {config.epochs*config.iterations: look(setup, trained, probe)}
+
+
 if __name__ == '__main__':
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument('--only', default='', help='runs whose name has this in it')
-    only = options.parse_args().only
     keep_freed_memory()
-    data, splits = characters()
-    settings = {'data': data, 'n_way': 5, 'k_shot': 1, 'n_target': 1, 'filters': 32, 'n_tasks': n_tasks, 'n_steps': n_steps,
-                'outer_steps': n_outer, 'probe_tasks': n_probe, 'multi_step_until': schedule.multi_step_epochs*per_epoch,
-                'first_order_until': schedule.first_order_epochs*per_epoch}
-    record = json.loads(path.read_text()) if path.exists() else {'settings': settings, **provenance('cpu'), 'runs': {}}
-    for name, (method, alpha) in runs.items():
+    record = json.loads(path.read_text()) if path.exists() else {'table': table, 'probe_tasks': n_probe, **provenance('cpu'), 'runs': {}, 'done': []}
+    splits = load_data('omniglot')
+    plan = [('maml', 'start'), *((m, 'end') for m in methods), *((m, 'between') for m in followed)]
+    for method, when in plan:
         for seed in range(3):
-            if only not in name or str(seed) in record['runs'].get(name, {}): continue
-            found = rounded(train(method, alpha, seed, splits))
-            record['runs'].setdefault(name, {})[str(seed)] = found
+            if [method, seed, when] in record['done']: continue
+            found = rounded(one_look(method, seed, when, splits))
+            record['runs'].setdefault(method, {}).setdefault(str(seed), {}).update({str(k): v for k, v in found.items()})
+            record['done'].append([method, seed, when])
             write_safely(path, lambda draft: draft.write_text(json.dumps(record, ensure_ascii=False) + '\n'))
-            print(f"{name}, seed {seed}: {found['seconds']:.0f} s", flush=True)
+            print(method, seed, when, flush=True)
