@@ -13,7 +13,7 @@ from mamlpp_nb.files import write_safely
 from mamlpp_nb.runs import read_config, read_metrics
 
 path = Path(__file__).parent.parent / 'nbs/results/traces.json'
-table, rows = 'claims-small', ('20w1s-*-strided-*', '5w1s-maml-steps-*', '5w1s-maml-tasks-2')
+table, rows = 'claims-small', ('20w1s-*-strided-*', '5w1s-maml-steps-*', '5w1s-maml-rate-*', '5w1s-maml-tasks-2')
 
 
 def trace(folder):
