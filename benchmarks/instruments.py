@@ -96,6 +96,7 @@ def one_look(method, seed, when, splits):
     if when == 'start': return {0: look(setup, setup.meta, probe)}
     if when == 'between': return looks_between(setup, config, probe)
     trained, _ = load_meta(results / f'tables/{table}/5w1s-{method}-seed{seed}.safetensors')
+    for w in trained.start.values(): w.requires_grad_()
     return {config.epochs*config.iterations: look(setup, trained, probe)}
 
 
