@@ -1,6 +1,6 @@
 """Chapter 3's instruments before, in and after training: makes nbs/results/instruments.json. Not part of the tests.
 
-    python benchmarks/instruments.py        what the record still lacks; some seconds per look, twenty more to train 200 outer steps
+    python benchmarks/instruments.py        what the record still lacks; some seconds per look, ten more to train 100 outer steps
 
 The runs are those of the table omniglot-small, 5-way 1-shot. What they ended with lies beside their records; the first outer
 steps of MAML and MAML++ are done again here, from the same seeds with the same tasks.
@@ -24,7 +24,7 @@ from mamlpp_nb.training import advance, outer_steps
 results = Path(__file__).parent.parent / 'nbs/results'
 path, table, n_tasks, n_steps = results / 'instruments.json', 'omniglot-small', 4, 5
 n_probe, n_paths = 32, 3 # tasks of a look; tasks whose way is followed
-between = 20, 60, 200 # outer steps after which to look
+between = 100, # outer steps after which to look
 methods, followed = ('maml', 'mamlpp', 'maml+msl', 'maml+bn', 'maml+lslr'), ('maml', 'mamlpp')
 
 
