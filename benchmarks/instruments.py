@@ -1,9 +1,8 @@
-"""Chapter 3's instruments before, in and after training: makes nbs/results/instruments.json. Not part of the tests.
+"""Chapter 3's instruments before and after training: makes nbs/results/instruments.json. Not part of the tests.
 
-    python benchmarks/instruments.py        what the record still lacks; some seconds per look, ten more to train 100 outer steps
+    python benchmarks/instruments.py        what the record still lacks, some seconds per look
 
-The runs are those of the table omniglot-small, 5-way 1-shot. What they ended with lies beside their records; the first outer
-steps of MAML and MAML++ are done again here, from the same seeds with the same tasks.
+The runs are those of the table omniglot-small, 5-way 1-shot; what they ended with lies beside their records. Nothing is trained here.
 """
 import dataclasses
 import json
@@ -17,15 +16,12 @@ from mamlpp_nb.files import write_safely
 from mamlpp_nb.machine import provenance
 from mamlpp_nb.maml import inner_loop, keep_freed_memory, load_meta
 from mamlpp_nb.reproduce import tables
-from mamlpp_nb.runs import first_state
 from mamlpp_nb.tasks import EpisodeSampler, load_data
-from mamlpp_nb.training import advance, outer_steps
 
 results = Path(__file__).parent.parent / 'nbs/results'
 path, table, n_tasks, n_steps = results / 'instruments.json', 'omniglot-small', 4, 5
 n_probe, n_paths = 32, 3 # tasks of a look; tasks whose way is followed
-between = 100, # outer steps after which to look
-methods, followed = ('maml', 'mamlpp', 'maml+msl', 'maml+bn', 'maml+lslr'), ('maml', 'mamlpp')
+methods = 'maml', 'mamlpp', 'maml+msl', 'maml+bn', 'maml+lslr'
 
 
 def cosine(a, b): return torch.cosine_similarity(a, b, dim=-1)
@@ -71,16 +67,6 @@ def look(setup, meta, probe):
     return {**found, 'αλ along the way': along_the_way(setup.forward, meta, probe)}
 
 
-def looks_between(setup, config, probe):
-    "The first outer steps of a run, with looks; what is learned doesn't depend on them"
-    state, found = first_state(config, setup), {}
-    steps = outer_steps(config, [(setup, state)])
-    for end in between:
-        advance(steps, config, end - state.iteration)
-        found[end] = look(setup, state.model, probe)
-    return found
-
-
 def rounded(value):
     "Four digits are enough for a figure"
     if isinstance(value, dict): return {k: rounded(v) for k, v in value.items()}
@@ -94,7 +80,6 @@ def one_look(method, seed, when, splits):
     setup = set_up(config, splits, 'cpu', compiled=False)
     probe = EpisodeSampler(splits['train'], n_target=1, rotate=True, seed=1000 + seed)(0, n_probe) # tasks of no run
     if when == 'start': return {0: look(setup, setup.meta, probe)}
-    if when == 'between': return looks_between(setup, config, probe)
     trained, _ = load_meta(results / f'tables/{table}/5w1s-{method}-seed{seed}.safetensors')
     for w in trained.start.values(): w.requires_grad_()
     return {config.epochs*config.iterations: look(setup, trained, probe)}
@@ -104,7 +89,7 @@ if __name__ == '__main__':
     keep_freed_memory()
     record = json.loads(path.read_text()) if path.exists() else {'table': table, 'probe_tasks': n_probe, **provenance('cpu'), 'runs': {}, 'done': []}
     splits = load_data('omniglot')
-    plan = [('maml', 'start'), *((m, 'end') for m in methods), *((m, 'between') for m in followed)]
+    plan = [('maml', 'start'), *((m, 'end') for m in methods)]
     for method, when in plan:
         for seed in range(3):
             if [method, seed, when] in record['done']: continue
