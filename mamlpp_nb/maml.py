@@ -6,9 +6,9 @@
 __all__ = ['Forward', 'Graded', 'Update', 'Deal', 'beside', 'SineWaves', 'naive_task_loss', 'draw_inner_loop', 'MetaParameters',
            'norm_parameters', 'maml_parameters', 'head_layer', 'row', 'at_step', 'check_labels', 'task_losses',
            'task_accuracies', 'squared_errors', 'gradient_step', 'inner_loop', 'meta_loss', 'naive_meta_loss',
-           'gradient_error', 'keep_freed_memory', 'Progress', 'Diverged', 'Learner', 'meta_gradient', 'note_gradient',
-           'each_by_itself', 'OuterSteps', 'Kind', 'step_kind', 'outer_loop', 'named_episodes', 'Damaged', 'digest',
-           'save_meta', 'read_checkpoint', 'load_meta', 'train', 'recent', 'Evaluation', 'evaluate']
+           'gradient_error', 'Progress', 'Diverged', 'Learner', 'meta_gradient', 'note_gradient', 'each_by_itself',
+           'OuterSteps', 'Kind', 'step_kind', 'outer_loop', 'named_episodes', 'train', 'recent', 'Evaluation',
+           'evaluate', 'keep_freed_memory', 'Damaged', 'digest', 'save_meta', 'read_checkpoint', 'load_meta']
 
 # %% ../nbs/02_maml.ipynb #00000003
 import contextlib, ctypes, dataclasses, hashlib, itertools, json, math, time
@@ -66,9 +66,9 @@ def naive_task_loss(
     gamma_beta:Weights, # the other weights of the network
     alpha:float, # inner step size
     x_S:Tensor, y_S:Tensor, x_T:Tensor, y_T:Tensor, # one task, without a task axis
-    n_steps:int=5, # inner steps N
+    n_steps:int=5, # inner steps K
     second_order:bool=True, # let the outer gradient pass through the inner gradients?
-)->Tensor: # scalar, L(f(x_T; θ_N), y_T)
+)->Tensor: # scalar, L(f(x_T; θ_K), y_T)
     "MAML on one task, as the equations read: the yardstick for everything faster"
     for i in range(n_steps):
         loss = F.cross_entropy(functional_call(net, {**theta, **gamma_beta}, x_S), y_S)
@@ -82,7 +82,7 @@ def _arrow(ax, a, b, color, label='', **kw):
     if label: ax.text((a[0]+b[0])/2+.12, (a[1]+b[1])/2-.1, label, color=color, fontsize=8)
 
 def draw_inner_loop(
-    n_steps:int=3, # inner steps N
+    n_steps:int=3, # inner steps K
     graded:abc.Sequence[int]|None=None, # steps after which the targets are graded; None: the last only, which is MAML
     ax:plt.Axes|None=None, # axes to draw on; new ones if None
 )->plt.Axes: # the axes
@@ -98,11 +98,11 @@ def draw_inner_loop(
         _arrow(ax, (x,2), (x+1,1), 'C3')
         _arrow(ax, (x+1,1), (x+2,2), 'C3', r'$-\alpha$')
         _arrow(ax, (x+1,0), (x+1,1), '.6')
-        node(x+1, 1, rf'$\nabla L^S_{i}$', color='#fbe3e0')
+        node(x+1, 1, rf'$\nabla L^S(\theta_{i})$', color='#fbe3e0')
     for i in graded:
         _arrow(ax, (2*i,2), (2*i,3), 'k')
         _arrow(ax, (2*i,4), (2*i,3), '.6')
-        node(2*i, 3, rf'$L^T_{i}$' if len(graded)==1 else rf'$w_{i} L^T_{i}$', color='#fff3cf')
+        node(2*i, 3, rf'$L^T(\theta_{i})$' if len(graded)==1 else rf'$w_{i-1} L^T(\theta_{i})$', color='#fff3cf')
     for i in range(n_steps+1): node(2*i, 2, rf'$\theta_{i}$', 'circle', '#dfeaf7')
     for i in range(n_steps): node(2*i+1, 0, '$S$', color='.93')
     for i in graded: node(2*i, 4, '$T$', color='.93')
@@ -242,11 +242,11 @@ def inner_loop(
     meta:MetaParameters, # where to start, and the tables of each step
     x:Tensor, # support images, (tasks, images, channels, height, width)
     y:Tensor, # support labels, (tasks, images)
-    n_steps:int=5, # inner steps N
+    n_steps:int=5, # inner steps K
     second_order:bool=True, # let a later gradient pass through the inner gradients?
     loss:Graded=task_losses, # what the steps make smaller
     update:Update=gradient_step, # how a step is made of a gradient
-)->abc.Iterator[Weights]: # fast weights θ₁ ... θ_N, (tasks, *shape) each
+)->abc.Iterator[Weights]: # fast weights θ₁ ... θ_K, (tasks, *shape) each
     "The inner loop for a batch of tasks; a parameter that the loss doesn't use has a gradient of zero"
     if n_steps < 1: raise ValueError(f'the inner loop needs at least 1 step, got {n_steps}')
     fast, state = {k: w.expand(len(x), *w.shape) for k,w in meta.start.items()}, None
@@ -265,7 +265,7 @@ def meta_loss(
     forward:Forward, # the network as a function of weights
     meta:MetaParameters, # what is learned
     episodes:Episodes, # a batch of tasks
-    n_steps:int=5, # inner steps N
+    n_steps:int=5, # inner steps K
     second_order:bool=True, # exact gradient, or its first-order approximation
     loss_weights:abc.Sequence[float]|None=None, # weight of the target loss after each step; None: the last only (MAML)
     loss:Graded=task_losses, # of the support set and of the targets
@@ -289,7 +289,7 @@ def naive_meta_loss(
     net:nn.Module, # the network
     meta:MetaParameters, # MAML's, with one row in every table and one step size
     episodes:Episodes, # a batch of tasks
-    n_steps:int=5, # inner steps N
+    n_steps:int=5, # inner steps K
     second_order:bool=True, # exact gradient, or its first-order approximation
 )->Tensor: # scalar, mean over tasks
     "`naive_task_loss` over a Python loop of tasks"
@@ -307,14 +307,6 @@ def gradient_error(
     whole = torch.stack([t.norm() for t in b]).norm()
     sizes = [t.norm() if t.norm() > 1e-9*whole else whole for t in b]
     return max(((s-t).norm()/size).item() for s,t,size in zip(a, b, sizes))
-
-# %% ../nbs/02_maml.ipynb #00000027
-def keep_freed_memory()->bool: # True if the C library took the advice; False where it is not glibc
-    "Ask glibc to reuse freed blocks up to 32 MB instead of handing them back to the kernel"
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return False # another C library, or another system
-    mmap_threshold, trim_threshold = -3, -1 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-    return bool(mallopt(mmap_threshold, 32*2**20)) and bool(mallopt(trim_threshold, 2**31-1))
 
 # %% ../nbs/02_maml.ipynb #0000002b
 class Progress(NamedTuple):
@@ -587,68 +579,6 @@ def named_episodes(
     split = f'{data.split} ' if hasattr(data, 'split') else ''
     return f'{split}episodes {first} to {first+n-1}' + ('' if seed is None else f' of seed {seed}')
 
-# %% ../nbs/02_maml.ipynb #0000002e
-class Damaged(ValueError):
-    "A checkpoint that is not what was written"
-
-def digest(
-    tensors:Weights, # by name
-    notes:dict[str,str], # what is written beside them
-)->str: # hexadecimal
-    "A checksum of all that a checkpoint holds"
-    h = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
-    for name,t in sorted(tensors.items()):
-        h.update(f'{name} {t.dtype} {list(t.shape)}'.encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
-
-def save_meta(
-    path:str|Path, # file to write, `.safetensors`
-    meta:MetaParameters, # what to keep
-    about:dict, # settings and anything else worth knowing, plain JSON values
-    more:Weights|None=None, # other tensors to put beside them, under names that begin with a group of `beside`
-    **notes, # other plain JSON values, each under its name
-)->None:
-    "Keep meta-parameters in a file"
-    tensors = {k: t.detach().cpu().contiguous() for k,t in {**meta.named(), **(more or {})}.items()}
-    notes = {'about': about, 'learned': list(meta.learned()), 'order': list(meta.named()), **notes}
-    written = {k: json.dumps(v) for k,v in notes.items()}
-    data = save(tensors, {**written, 'digest': digest(tensors, written)})
-    write_safely(Path(path), lambda draft: draft.write_bytes(data))
-
-beside = 'adam', 'average', 'adapted' # other groups of a file: of runs and of fitted classifiers
-
-# %% ../nbs/02_maml.ipynb #a2b0c00a
-def read_checkpoint(
-    path:str|Path, # file written by `save_meta`
-)->tuple[Weights,dict]: # all its tensors by name, and what was written beside them
-    "A checkpoint as it is; a damaged one is named"
-    try:
-        with safe_open(path, 'pt') as f: notes, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise Damaged(f'{path} is not a whole checkpoint ({e})') from e
-    told = notes.pop('digest', None) # files of earlier versions have none, except those of runs
-    if told and told != digest(tensors, notes):
-        raise Damaged(f'{path} is damaged: its contents do not match its checksum')
-    try: return tensors, {k: json.loads(v) for k,v in notes.items()}
-    except ValueError as e: raise Damaged(f'{path} is damaged ({e})') from e
-
-def load_meta(
-    path:str|Path, # file written by `save_meta`
-)->tuple[MetaParameters,dict]: # the meta-parameters on the CPU, and `about`
-    "Meta-parameters from a file, also from one that holds more than them; a damaged one is named"
-    tensors, notes = read_checkpoint(path)
-    groups = {g: {} for g in MetaParameters._fields}
-    known = all(k in notes for k in ('about','learned')) and all('/' in k for k in tensors)
-    strange = {k.partition('/')[0] for k in tensors} - {*groups, *beside}
-    if not known or strange or not any(k.startswith('start/') for k in tensors):
-        why = f'it has tensors of {", ".join(sorted(strange))}' if strange else 'it does not say what is learned'
-        raise ValueError(f'{path} is not a whole checkpoint of meta-parameters ({why})')
-    learned, order = set(notes['learned']), notes.get('order', notes['learned']) # a file's own order is alphabetical
-    for k in [*(k for k in order if k in tensors), *(k for k in tensors if k not in order)]:
-        group, name = k.split('/', 1)
-        if group in groups: groups[group][name] = tensors[k].requires_grad_(k in learned)
-    return MetaParameters(**groups), notes['about']
-
 # %% ../nbs/02_maml.ipynb #00000030
 def train(
     loop:abc.Iterator[Progress], # from `outer_loop`
@@ -738,3 +668,73 @@ def evaluate(
         grades.append(torch.stack([graded(e, before, 0), *(graded(e, fast, i) for i,fast in enumerate(after))], 1))
         tick(len(e))
     return Evaluation(torch.cat(grades).cpu())
+
+# %% ../nbs/02_maml.ipynb #00000027
+def keep_freed_memory()->bool: # True if the C library took the advice; False where it is not glibc
+    "Ask glibc to reuse freed blocks up to 32 MB instead of handing them back to the kernel"
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return False # another C library, or another system
+    mmap_threshold, trim_threshold = -3, -1 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+    return bool(mallopt(mmap_threshold, 32*2**20)) and bool(mallopt(trim_threshold, 2**31-1))
+
+# %% ../nbs/02_maml.ipynb #0000002e
+class Damaged(ValueError):
+    "A checkpoint that is not what was written"
+
+def digest(
+    tensors:Weights, # by name
+    notes:dict[str,str], # what is written beside them
+)->str: # hexadecimal
+    "A checksum of all that a checkpoint holds"
+    h = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
+    for name,t in sorted(tensors.items()):
+        h.update(f'{name} {t.dtype} {list(t.shape)}'.encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+def save_meta(
+    path:str|Path, # file to write, `.safetensors`
+    meta:MetaParameters, # what to keep
+    about:dict, # settings and anything else worth knowing, plain JSON values
+    more:Weights|None=None, # other tensors to put beside them, under names that begin with a group of `beside`
+    **notes, # other plain JSON values, each under its name
+)->None:
+    "Keep meta-parameters in a file"
+    tensors = {k: t.detach().cpu().contiguous() for k,t in {**meta.named(), **(more or {})}.items()}
+    notes = {'about': about, 'learned': list(meta.learned()), 'order': list(meta.named()), **notes}
+    written = {k: json.dumps(v) for k,v in notes.items()}
+    data = save(tensors, {**written, 'digest': digest(tensors, written)})
+    write_safely(Path(path), lambda draft: draft.write_bytes(data))
+
+beside = 'adam', 'average', 'adapted' # other groups of a file: of runs and of fitted classifiers
+
+# %% ../nbs/02_maml.ipynb #a2b0c00a
+def read_checkpoint(
+    path:str|Path, # file written by `save_meta`
+)->tuple[Weights,dict]: # all its tensors by name, and what was written beside them
+    "A checkpoint as it is; a damaged one is named"
+    try:
+        with safe_open(path, 'pt') as f: notes, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e: raise Damaged(f'{path} is not a whole checkpoint ({e})') from e
+    told = notes.pop('digest', None) # files of earlier versions have none, except those of runs
+    if told and told != digest(tensors, notes):
+        raise Damaged(f'{path} is damaged: its contents do not match its checksum')
+    try: return tensors, {k: json.loads(v) for k,v in notes.items()}
+    except ValueError as e: raise Damaged(f'{path} is damaged ({e})') from e
+
+def load_meta(
+    path:str|Path, # file written by `save_meta`
+)->tuple[MetaParameters,dict]: # the meta-parameters on the CPU, and `about`
+    "Meta-parameters from a file, also from one that holds more than them; a damaged one is named"
+    tensors, notes = read_checkpoint(path)
+    groups = {g: {} for g in MetaParameters._fields}
+    known = all(k in notes for k in ('about','learned')) and all('/' in k for k in tensors)
+    strange = {k.partition('/')[0] for k in tensors} - {*groups, *beside}
+    if not known or strange or not any(k.startswith('start/') for k in tensors):
+        why = f'it has tensors of {", ".join(sorted(strange))}' if strange else 'it does not say what is learned'
+        raise ValueError(f'{path} is not a whole checkpoint of meta-parameters ({why})')
+    learned, order = set(notes['learned']), notes.get('order', notes['learned']) # a file's own order is alphabetical
+    for k in [*(k for k in order if k in tensors), *(k for k in tensors if k not in order)]:
+        group, name = k.split('/', 1)
+        if group in groups: groups[group][name] = tensors[k].requires_grad_(k in learned)
+    return MetaParameters(**groups), notes['about']
