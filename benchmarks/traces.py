@@ -34,5 +34,5 @@ if __name__ == '__main__':
         if not any(fnmatch.fnmatch(row, r) for r in rows) or not (folder/'test.json').exists(): continue # not whole
         origin, found.setdefault(row, {})[seed] = trace(folder)
         if origin not in origins: origins.append(origin)
-    write_safely(path, lambda draft: draft.write_text(json.dumps({'table': table, 'starts': origins, 'runs': found}) + '\n'))
+    write_safely(path, lambda draft: draft.write_text(json.dumps({'table': table, **origins[-1], 'origins': origins, 'runs': found}) + '\n'))
     print(*(f'{row}: seeds {", ".join(seeds)}' for row, seeds in found.items()), sep='\n')
