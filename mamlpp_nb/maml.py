@@ -66,9 +66,9 @@ def naive_task_loss(
     gamma_beta:Weights, # the other weights of the network
     alpha:float, # inner step size
     x_S:Tensor, y_S:Tensor, x_T:Tensor, y_T:Tensor, # one task, without a task axis
-    n_steps:int=5, # inner steps K
+    n_steps:int=5, # inner steps N
     second_order:bool=True, # let the outer gradient pass through the inner gradients?
-)->Tensor: # scalar, L(f(x_T; θ_K), y_T)
+)->Tensor: # scalar, L(f(x_T; θ_N), y_T)
     "MAML on one task, as the equations read: the yardstick for everything faster"
     for i in range(n_steps):
         loss = F.cross_entropy(functional_call(net, {**theta, **gamma_beta}, x_S), y_S)
@@ -82,7 +82,7 @@ def _arrow(ax, a, b, color, label='', **kw):
     if label: ax.text((a[0]+b[0])/2+.12, (a[1]+b[1])/2-.1, label, color=color, fontsize=8)
 
 def draw_inner_loop(
-    n_steps:int=3, # inner steps K
+    n_steps:int=3, # inner steps N
     graded:abc.Sequence[int]|None=None, # steps after which the targets are graded; None: the last only, which is MAML
     ax:plt.Axes|None=None, # axes to draw on; new ones if None
 )->plt.Axes: # the axes
@@ -102,7 +102,7 @@ def draw_inner_loop(
     for i in graded:
         _arrow(ax, (2*i,2), (2*i,3), 'k')
         _arrow(ax, (2*i,4), (2*i,3), '.6')
-        node(2*i, 3, rf'$L^T(\theta_{i})$' if len(graded)==1 else rf'$w_{i-1} L^T(\theta_{i})$', color='#fff3cf')
+        node(2*i, 3, rf'$L^T(\theta_{i})$' if len(graded)==1 else rf'$w_{i} L^T(\theta_{i})$', color='#fff3cf')
     for i in range(n_steps+1): node(2*i, 2, rf'$\theta_{i}$', 'circle', '#dfeaf7')
     for i in range(n_steps): node(2*i+1, 0, '$S$', color='.93')
     for i in graded: node(2*i, 4, '$T$', color='.93')
@@ -242,11 +242,11 @@ def inner_loop(
     meta:MetaParameters, # where to start, and the tables of each step
     x:Tensor, # support images, (tasks, images, channels, height, width)
     y:Tensor, # support labels, (tasks, images)
-    n_steps:int=5, # inner steps K
+    n_steps:int=5, # inner steps N
     second_order:bool=True, # let a later gradient pass through the inner gradients?
     loss:Graded=task_losses, # what the steps make smaller
     update:Update=gradient_step, # how a step is made of a gradient
-)->abc.Iterator[Weights]: # fast weights θ₁ ... θ_K, (tasks, *shape) each
+)->abc.Iterator[Weights]: # fast weights θ₁ ... θ_N, (tasks, *shape) each
     "The inner loop for a batch of tasks; a parameter that the loss doesn't use has a gradient of zero"
     if n_steps < 1: raise ValueError(f'the inner loop needs at least 1 step, got {n_steps}')
     fast, state = {k: w.expand(len(x), *w.shape) for k,w in meta.start.items()}, None
@@ -265,7 +265,7 @@ def meta_loss(
     forward:Forward, # the network as a function of weights
     meta:MetaParameters, # what is learned
     episodes:Episodes, # a batch of tasks
-    n_steps:int=5, # inner steps K
+    n_steps:int=5, # inner steps N
     second_order:bool=True, # exact gradient, or its first-order approximation
     loss_weights:abc.Sequence[float]|None=None, # weight of the target loss after each step; None: the last only (MAML)
     loss:Graded=task_losses, # of the support set and of the targets
@@ -289,7 +289,7 @@ def naive_meta_loss(
     net:nn.Module, # the network
     meta:MetaParameters, # MAML's, with one row in every table and one step size
     episodes:Episodes, # a batch of tasks
-    n_steps:int=5, # inner steps K
+    n_steps:int=5, # inner steps N
     second_order:bool=True, # exact gradient, or its first-order approximation
 )->Tensor: # scalar, mean over tasks
     "`naive_task_loss` over a Python loop of tasks"
