@@ -102,7 +102,9 @@ def test_the_readme_says_what_the_records_say():
         each = ', '.join(percent(r) for r in kind)
         mean = sum(100 * last_accuracy(r) for r in kind) / len(kind)
         assert f'{mean:.1f} % on never-seen classes of {data} after {quick_steps} outer steps (seeds 0, 1, 2: {each})' in readme
-        assert f"| `mamlpp quickstart` | {quick_steps:,} | {max(r['wall_seconds'] for r in kind) / 60:.1f} minutes |" in readme and f"slow: {kind[0]['processor']} |" in readme
+        assert f"slow: {kind[0]['processor']} |" in readme
+    slowest = max(r['wall_seconds'] for r in runs if r['config']['method'] == 'mamlpp')
+    assert f'| `mamlpp quickstart` | {quick_steps:,} | {slowest / 60:.1f} minutes |' in readme
     for r in strangers('bench'):
         for row in r['rows']: assert f"| {row['workload']} | {row['way']} | {row['seconds']:.2f} | {row['spread']:.2f} | {row['ratio']:.2f} |" in readme
     for command, what in (('bash tests/all.sh', 'tests'), ('mamlpp bench', 'bench')):
