@@ -2,7 +2,8 @@
 
     python benchmarks/instruments.py        what the record still lacks, some seconds per look
 
-The runs are those of the table omniglot-small, 5-way 1-shot; what they ended with lies beside their records. Nothing is trained here.
+The runs are those of the table omniglot-small, 5-way 1-shot; what they ended with lies beside their records. Nothing
+is trained here.
 """
 import dataclasses
 import json
@@ -32,7 +33,8 @@ def gradients(setup, meta, probe, idle, second_order):
     each = []
     for t in range(len(probe)):
         found = setup.gradient(setup.forward, meta, probe[t:t+1], n_steps=n_steps, second_order=second_order)[2]
-        each.append(torch.cat([g.flatten() for k, g in found.items() if k.startswith('start/') and k.removeprefix('start/') not in idle]))
+        start = {k.removeprefix('start/'): g for k, g in found.items() if k.startswith('start/')}
+        each.append(torch.cat([g.flatten() for k, g in start.items() if k not in idle]))
     return torch.stack(each)
 
 
@@ -56,7 +58,8 @@ def along_the_way(forward, meta, probe):
         one = probe[t:t+1]
         steps = inner_loop(forward, meta, one.support_x, one.support_y, n_steps, second_order=False)
         places = [meta.start, *({k: w[0].detach() for k, w in fast.items()} for fast in steps)][:n_steps]
-        found.append([step_times_curvature(forward, meta._replace(start=p), one, i, n_rounds=10).item() for i, p in enumerate(places)])
+        metas = [meta._replace(start=p) for p in places]
+        found.append([step_times_curvature(forward, m, one, i, n_rounds=10).item() for i, m in enumerate(metas)])
     return found
 
 
@@ -87,14 +90,16 @@ def one_look(method, seed, when, splits):
 
 if __name__ == '__main__':
     keep_freed_memory()
-    record = json.loads(path.read_text()) if path.exists() else {'table': table, 'probe_tasks': n_probe, **provenance('cpu'), 'runs': {}, 'done': []}
+    new = {'table': table, 'probe_tasks': n_probe, **provenance('cpu'), 'runs': {}, 'done': []}
+    record = json.loads(path.read_text()) if path.exists() else new
     splits = load_data('omniglot')
     plan = [('maml', 'start'), *((m, 'end') for m in methods)]
     for method, when in plan:
         for seed in range(3):
             if [method, seed, when] in record['done']: continue
             found = rounded(one_look(method, seed, when, splits))
-            record['runs'].setdefault(method, {}).setdefault(str(seed), {}).update({str(k): v for k, v in found.items()})
+            looks = record['runs'].setdefault(method, {}).setdefault(str(seed), {})
+            looks.update({str(k): v for k, v in found.items()})
             record['done'].append([method, seed, when])
             write_safely(path, lambda draft: draft.write_text(json.dumps(record, ensure_ascii=False) + '\n'))
             print(method, seed, when, flush=True)

@@ -2,7 +2,8 @@
 
     python benchmarks/traces.py RUNS        RUNS: the folder that `mamlpp reproduce claims-small --out RUNS` worked in
 
-The table's records keep means for each epoch; a run's own folder (chapter 15) has every step's loss. Nothing is trained here.
+The table's records keep means for each epoch; a run's own folder (chapter 15) has every step's loss. Nothing is
+trained here.
 """
 import argparse
 import fnmatch
@@ -21,8 +22,9 @@ def trace(folder):
     epochs, (config, starts) = read_metrics(folder), read_config(folder)
     per_epoch = {k: [float(f'{e[k]:.4g}') for e in epochs] for k in ('gradient_norm', 'largest_gradient_norm')}
     origin = {k: starts[0][k] for k in ('commit', 'device', 'versions')}
-    return origin, {'method': config.method, 'seed': config.seed, 'loss': [float(f'{v:.4g}') for e in epochs for v in e['losses']],
-            'steps_per_epoch': config.iterations, 'whole': len(epochs) == config.epochs, **per_epoch}
+    loss = [float(f'{v:.4g}') for e in epochs for v in e['losses']]
+    return origin, {'method': config.method, 'seed': config.seed, 'loss': loss, 'steps_per_epoch': config.iterations,
+                    'whole': len(epochs) == config.epochs, **per_epoch}
 
 
 if __name__ == '__main__':
@@ -34,5 +36,6 @@ if __name__ == '__main__':
         if not any(fnmatch.fnmatch(row, r) for r in rows) or not (folder/'test.json').exists(): continue # not whole
         origin, found.setdefault(row, {})[seed] = trace(folder)
         if origin not in origins: origins.append(origin)
-    write_safely(path, lambda draft: draft.write_text(json.dumps({'table': table, **origins[-1], 'origins': origins, 'runs': found}) + '\n'))
+    record = {'table': table, **origins[-1], 'origins': origins, 'runs': found}
+    write_safely(path, lambda draft: draft.write_text(json.dumps(record) + '\n'))
     print(*(f'{row}: seeds {", ".join(seeds)}' for row, seeds in found.items()), sep='\n')

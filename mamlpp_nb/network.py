@@ -15,7 +15,7 @@ from .progress import tell_once
 
 # %% ../nbs/01_network.ipynb #00000006
 class Conv4(nn.Module):
-    "Four convolution blocks and a linear head, as in 'How to train your MAML', or more blocks"
+    "Four convolution blocks and a linear head, as in 'How to train your MAML', or another number of blocks"
     def __init__(self,
         n_way:int=5, # classes per task, outputs of the head
         channels:int=1, # of the images: 1 grey, 3 colour
