@@ -30,6 +30,7 @@ from .training import TensorBoardLog, csv_log, exit_codes, grade_run, replay, sa
 from .training import train_and_test
 from .reproduce import reproduce, seed_list
 from .classifier import adapt_folder, predict_folder
+from .cards import card
 
 # %% ../nbs/a2_command_line.ipynb #2631560b
 def _is_own(config:Config)->bool: return config.data not in data_sets
@@ -281,7 +282,7 @@ def replay_step(
 # %% ../nbs/a2_command_line.ipynb #1e5442f7
 commands = {'quickstart': quickstart, 'train': train_preset, 'evaluate': evaluate_run, 'runs': runs, 'show': show,
             'replay': replay_step, 'reproduce': reproduce, 'adapt': adapt_folder, 'predict': predict_folder,
-            'bench': bench, 'cache': cache_command}
+            'card': card, 'bench': bench, 'cache': cache_command}
 
 def usage()->str: # what `mamlpp --help` prints
     "The commands, a line each"

@@ -423,12 +423,13 @@ class Pretrained(NamedTuple):
     channels:int # of its images
     size:int # height and width of its images, in pixels
     unfinished:str='' # how far its training got, if that wasn't to the end
+    calibration:tuple[dict,...]=() # how sure it may be, by number of classes and pictures: see appendix a7
 
     def __reduce__(self): # pickled without the network, which its settings build again
-        return _built_again, (self.meta, self.config, self.channels, self.size, self.unfinished)
+        return _built_again, (self.meta, self.config, self.channels, self.size, *self[5:])
 
-def _built_again(meta:MetaParameters, config:Config, channels:int, size:int, unfinished:str)->Pretrained:
-    return Pretrained(meta, build_network(config, channels, size), config, channels, size, unfinished)
+def _built_again(meta:MetaParameters, config:Config, channels:int, size:int, *more)->Pretrained:
+    return Pretrained(meta, build_network(config, channels, size), config, channels, size, *more)
 
 # %% ../nbs/15_runs.ipynb #2b496ee7
 def _averaged(path:Path, meta:MetaParameters)->MetaParameters: # of a run with a running average, that is the model
@@ -462,7 +463,7 @@ def _pretrained(path:Path, changed:float)->Pretrained:
     _refuse_misfit(path, net, meta)
     done, planned = about.get('iterations', 0), about.get('planned', 0) # of a quickstart, which may have been stopped
     unfinished = f'{done} of {planned} outer steps' if done < planned else ''
-    return Pretrained(meta, net, config, channels, size, unfinished)
+    return Pretrained(meta, net, config, channels, size, unfinished, tuple(about.get('calibration', ())))
 
 # %% ../nbs/15_runs.ipynb #2b497ff8
 def find_model(

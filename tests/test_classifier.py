@@ -18,7 +18,8 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils import estimator_checks
 
-from mamlpp_nb.classifier import FewShotClassifier, NamedImage, contact_sheet, head_for, image_batch, models_folder, read_labels, read_pretrained
+from mamlpp_nb.classifier import FewShotClassifier, NamedImage, contact_sheet, head_for, image_batch, read_labels, read_pretrained
+from mamlpp_nb.runs import models_folder
 from mamlpp_nb.classifier import wilson_interval, worst_first
 from mamlpp_nb.cli import main
 from mamlpp_nb.maml import load_meta, save_meta
