@@ -83,13 +83,13 @@ def _alike(n_tasks:int, way:int)->int: # so many tasks of `way` classes have as 
 def calibrate(
     model:str|Path, # name or path
     data:ClassImages, # validation classes
-    ways:abc.Iterable[int]=(2,5,10), # numbers of classes
+    ways:abc.Iterable[int]=(2,5,10,20), # numbers of classes, as far as there are so many
     shots:abc.Iterable[int]=(1,5,10), # pictures of each
     n_tasks:int=60, # tasks of five classes; of fewer classes more, of more fewer, and at least 10
 )->list[dict]: # for each way and shot a temperature, and a threshold for each of `false_alarms`
     "How sure a model may be"
     rows = []
-    for way in ways:
+    for way in (w for w in ways if w <= len(data)):
         for shot in shots:
             asked = ask(model, data, way, shot, _alike(n_tasks, way))
             temperature = fit_temperature(asked)

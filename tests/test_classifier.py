@@ -395,3 +395,44 @@ def test_the_packaged_model_travels_with_the_package_and_its_card_says_what_it_i
     for norm, pair in kept['test']['norms'].items(): assert f"| {norm} | {100*pair['single']['accuracy'][-1]:.2f} ± {100*pair['single']['ci95'][-1]:.2f} |" in card
     assert kept['starts'][-1]['commit'] in card and 'licence' in card.lower()
     assert 'models' in (models_folder.parent.parent / 'MANIFEST.in').read_text()
+
+
+def test_a_temperature_changes_how_sure_and_not_what(task):
+    x, y, targets, _ = task
+    plain, calm = (FewShotClassifier(temperature=t).fit(x, y) for t in (1., 2.))
+    cooled = np.sqrt(plain.predict_proba(targets))
+    assert np.allclose(calm.predict_proba(targets), cooled/cooled.sum(1, keepdims=True), atol=1e-5)
+    assert (calm.predict(targets) == plain.predict(targets)).all()
+    for wrong in (0., -1., float('nan'), 'warm'):
+        with pytest.raises(ValueError, match='temperature must be above 0'): FewShotClassifier(temperature=wrong).fit(x, y)
+
+
+def test_none_of_these_has_its_price_in_false_alarms(task, tmp_path):
+    x, y, targets, _ = task
+    c = FewShotClassifier().fit(x, y)
+    shares = [float(s) for s in c.thresholds_]
+    assert shares == sorted(shares) and [c.threshold(s) for s in shares] == sorted(c.thresholds_.values()) # more alarms, a higher bar
+    assert (c.is_unknown(targets, .2) == (c.predict_proba(targets).max(1) < c.threshold(.2))).all()
+    c.save(tmp_path / 'kept.safetensors')
+    kept = FewShotClassifier.load(tmp_path / 'kept.safetensors')
+    assert kept.thresholds_ == c.thresholds_ and kept.temperature_ == c.temperature_ != 1
+    with pytest.raises(ValueError, match='must be one of 0.01, 0.05'): c.threshold(.3)
+    for other in (FewShotClassifier(norm='targets'), FewShotClassifier(n_steps=3), FewShotClassifier(temperature=1.)):
+        with pytest.raises(ValueError, match='was not measured'): other.fit(x, y).threshold(.05)
+    with pytest.raises(ValueError, match='was not measured'): c.adapted_at(2).threshold(.05)
+
+
+def test_the_commands_say_none_of_these(folder, capsys, task):
+    noise = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    Image.fromarray(np.repeat(np.repeat(noise[::7, ::7], 7, 0), 7, 1)).save(folder / 'unknown' / 'ox' / 'stranger.png')
+    kept = folder / 'kept.safetensors'
+    words = ('--unknown', '0.2', '--format', 'json', '--report')
+    code, out, err = ask(capsys, 'adapt', 'omniglot', folder / 'support', '--predict', folder / 'unknown', '--save', kept, *words)
+    rows = json.loads(out)
+    bound = FewShotClassifier.load(kept).threshold(.2)
+    assert code == 0 and all((r['predicted'] == 'none of these') == (max(r['probabilities'].values()) < bound) for r in rows)
+    assert any(r['predicted'] == 'none of these' for r in rows) and '?: none of these' in err
+    assert ask(capsys, 'predict', kept, folder / 'unknown', *words)[1] == out
+    assert 'none of these' not in ask(capsys, 'predict', kept, folder / 'unknown')[1]
+    code, out, err = ask(capsys, 'adapt', 'omniglot', folder / 'support', '--unknown', '0.3')
+    assert code == 2 and 'must be one of' in err and not out
