@@ -274,13 +274,9 @@ def fit(self:FewShotClassifier,
     if len(labels) != len(x): raise ValueError(f'as many labels as images are needed; got {len(labels)} for {len(x)}')
     classes, y = np.unique(labels, return_inverse=True)
     if len(classes) < 2: raise ValueError(f'at least two classes are needed, got {len(classes)}')
+    sureness = self._sureness(model, n_steps, len(classes), len(labels)/len(classes))
     steps = _states(model, x, torch.from_numpy(y.astype(np.int64)), int(n_steps), self.norm)
-    calibrated = self.norm == 'support' and n_steps == model.config.n_steps # as it was measured
-    sure = nearest_calibration(model.calibration if calibrated else (), len(classes), len(labels)/len(classes))
-    temperature = sure.get('temperature', 1.) if self.temperature is None else self.temperature
-    if not (isinstance(temperature, numbers.Real) and 0 < temperature < math.inf):
-        raise ValueError(f'temperature must be above 0, got {temperature!r}')
-    self._keep(model, classes, self.norm, steps, float(temperature), sure.get('thresholds', {}))
+    self._keep(model, classes, self.norm, steps, *sureness)
     return self
 
 # %% ../nbs/18_your_images.ipynb #bebcffd1
