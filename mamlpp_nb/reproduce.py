@@ -64,8 +64,10 @@ def _rows(preset:str, methods:abc.Sequence[str], mark:str='', **changes)->dict[s
     short = preset.rpartition('-')[2]
     return {f'{short}-{method}{mark}': Row(configure(preset, method=method, **changes)) for method in methods}
 
+_shorter = {'omniglot-20w1s-tenth': 'omniglot', 'mini-imagenet-tenth': 'mini-imagenet'} # in nothing but outer steps
+
 def _with_published(table:str, rows:dict[str,Row])->dict[str,Row]:
-    known = published['rows'].get(table, {})
+    known = published['rows'].get(_shorter.get(table, table), {})
     def numbers(row): return tuple(known[row][k] for k in ('accuracy','spread') if k in known.get(row, ()))
     return {name: row._replace(published=numbers(name)) for name,row in rows.items()}
 
@@ -106,6 +108,9 @@ _small_mini = {'filters': 16, 'n_target': 3, 'n_tasks': 4, 'epochs': 5, 'iterati
                'outer_lr': 3e-3, 'validation_tasks': 40, 'test_tasks': 150, 'keep': 3}
 _photos = {'n_target': 5, 'test_targets': 5, 'n_tasks': 4, 'epochs': 15, 'iterations': 180, 'multi_step_epochs': 1,
            'first_order_epochs': 15, 'outer_lr': 2e-3, 'validation_tasks': 40, 'test_tasks': 200, 'keep': 1}
+_tenth = {'iterations': 50, 'validation_tasks': 200} # of the published outer steps
+_tenth_mini = {'epochs': 20, 'iterations': 250, 'multi_step_epochs': 3, 'validation_tasks': 200}
+_best = {'shared_head': True, 'average': .996} # over the last twentieth of a run, as .99 is of a small one
 _plus, _both = ['mamlpp'], ['mamlpp','maml']
 _ablation = ['mamlpp','maml','maml+lslr','maml+bn','maml+msl']
 _rest = [*_ablation, 'meta-sgd']
@@ -125,6 +130,12 @@ tables = {
                   | _rows('omniglot-20w1s', _plus, '-all', n_target=5, average=.999, n_tasks=16, shared_head=True),
     'mini-imagenet': _rows('mini-imagenet-5w1s', _both)
                      | _rows('mini-imagenet-5w5s', _both),
+    'omniglot-20w1s-tenth': _rows('omniglot-20w1s', _rest, **_tenth),
+    'omniglot-20w1s-best': _rows('omniglot-20w1s', _plus, '-best', n_target=5, **_best, **_tenth)
+                           | _rows('omniglot-20w5s', _plus, '-best', n_target=5, **_best, **_tenth),
+    'mini-imagenet-tenth': _rows('mini-imagenet-5w1s', _both, **_tenth_mini)
+                           | _rows('mini-imagenet-5w1s', _plus, '-shared-head', shared_head=True, **_tenth_mini)
+                           | _rows('mini-imagenet-5w1s', _plus, '-best', **_best, **_tenth_mini),
     'omniglot-small': _rows('omniglot-5w1s', _rest, **_small),
     'extensions-small': _extensions('omniglot-5w1s', .99, **_small)
                         | _rows('omniglot-5w1s', _plus, '-shared-head-targets-5',
@@ -315,13 +326,13 @@ def at_once(
     seeds:list[int], # of a row, all to be trained
     device:str, # cpu, cuda ...
 )->list[list[int]]: # groups of seeds, one after the other
-    "Which seeds a device trains at once: on a CPU nothing is gained by it, and more is finished early without"
+    "Which seeds a device trains at once: on a CPU nothing is gained by it, and a whole table is there early without"
     return [[s] for s in seeds] if device == 'cpu' else [seeds]
 
 def _jobs(table:str, rows:dict[str,Row], seeds:list[list[int]], changes:dict, out:Path, records:Path)->list[_Job]:
-    found = []
-    for name,row in rows.items():
-        for some in seeds:
+    found = [] # a first seed of every row before any second one
+    for some in seeds:
+        for name,row in rows.items():
             configs = [dataclasses.replace(row.config, seed=s, **changes) for s in some]
             found.append(_Job(table, name, configs, out=out, records=records))
     return found
@@ -374,8 +385,9 @@ _trial = {'epochs': 1, 'iterations': 2, 'validation_tasks': 4, 'test_tasks': 4, 
 
 # %% ../nbs/19_reproduce.ipynb #9f0c488e
 def reproduce(
-    # omniglot (20-way, then 5-way), stability (strided networks), extensions (of MAML++), mini-imagenet; for two CPU
-    # cores: omniglot-small, extensions-small, five-shot-small, claims-small, mini-imagenet-small, photos
+    # omniglot (20-way, then 5-way), stability (strided networks), extensions (of MAML++), mini-imagenet; with a tenth
+    # of the outer steps: omniglot-20w1s-tenth, omniglot-20w1s-best, mini-imagenet-tenth; for two CPU cores:
+    # omniglot-small, extensions-small, five-shot-small, claims-small, mini-imagenet-small, photos
     table:str,
     only:Param('rows, by name or by a pattern such as 20w1s-*; empty: all', str, nargs='+')='',
     seeds:Param('seeds of every row', str, nargs='+')='0,1,2',
