@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['published', 'mamlpp_head', 'mamlpp_body', 'conv4_betas_only', 'conv4_gammas_only', 'conv4_fixed_norm', 'tables',
-           'Row', 'run_operations', 'read_records', 'over_seeds', 'describe_runs', 'results_table', 'plot_curves',
-           'seed_list', 'chosen_rows', 'at_once', 'reproduce']
+           'Row', 'run_operations', 'read_records', 'over_seeds', 'describe_runs', 'results_table', 'published_table',
+           'cited', 'plot_curves', 'seed_list', 'chosen_rows', 'at_once', 'reproduce']
 
 # %% ../nbs/19_reproduce.ipynb #00000003
 import collections.abc as abc, dataclasses, fnmatch, functools, json as jsons, math, time
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np, mamlpp_nb
 from fastcore.script import Param
-from .machine import pick_device
+from .machine import lowest_priority, pick_device
 from .files import write_safely
 from .tasks import load_data
 from .network import Conv4
@@ -64,8 +64,10 @@ def _rows(preset:str, methods:abc.Sequence[str], mark:str='', **changes)->dict[s
     short = preset.rpartition('-')[2]
     return {f'{short}-{method}{mark}': Row(configure(preset, method=method, **changes)) for method in methods}
 
+_shorter = {'omniglot-20w1s-tenth': 'omniglot', 'mini-imagenet-tenth': 'mini-imagenet'} # in nothing but outer steps
+
 def _with_published(table:str, rows:dict[str,Row])->dict[str,Row]:
-    known = published['rows'].get(table, {})
+    known = published['rows'].get(_shorter.get(table, table), {})
     def numbers(row): return tuple(known[row][k] for k in ('accuracy','spread') if k in known.get(row, ()))
     return {name: row._replace(published=numbers(name)) for name,row in rows.items()}
 
@@ -106,6 +108,9 @@ _small_mini = {'filters': 16, 'n_target': 3, 'n_tasks': 4, 'epochs': 5, 'iterati
                'outer_lr': 3e-3, 'validation_tasks': 40, 'test_tasks': 150, 'keep': 3}
 _photos = {'n_target': 5, 'test_targets': 5, 'n_tasks': 4, 'epochs': 15, 'iterations': 180, 'multi_step_epochs': 1,
            'first_order_epochs': 15, 'outer_lr': 2e-3, 'validation_tasks': 40, 'test_tasks': 200, 'keep': 1}
+_tenth = {'iterations': 50, 'validation_tasks': 200} # of the published outer steps
+_tenth_mini = {'epochs': 20, 'iterations': 250, 'multi_step_epochs': 3, 'validation_tasks': 200}
+_best = {'shared_head': True, 'average': .996} # over the last twentieth of a run, as .99 is of a small one
 _plus, _both = ['mamlpp'], ['mamlpp','maml']
 _ablation = ['mamlpp','maml','maml+lslr','maml+bn','maml+msl']
 _rest = [*_ablation, 'meta-sgd']
@@ -125,6 +130,12 @@ tables = {
                   | _rows('omniglot-20w1s', _plus, '-all', n_target=5, average=.999, n_tasks=16, shared_head=True),
     'mini-imagenet': _rows('mini-imagenet-5w1s', _both)
                      | _rows('mini-imagenet-5w5s', _both),
+    'omniglot-20w1s-tenth': _rows('omniglot-20w1s', _rest, **_tenth),
+    'omniglot-20w1s-best': _rows('omniglot-20w1s', _plus, '-best', n_target=5, **_best, **_tenth)
+                           | _rows('omniglot-20w5s', _plus, '-best', n_target=5, **_best, **_tenth),
+    'mini-imagenet-tenth': _rows('mini-imagenet-5w1s', _both, **_tenth_mini)
+                           | _rows('mini-imagenet-5w1s', _plus, '-shared-head', shared_head=True, **_tenth_mini)
+                           | _rows('mini-imagenet-5w1s', _plus, '-best', **_best, **_tenth_mini),
     'omniglot-small': _rows('omniglot-5w1s', _rest, **_small),
     'extensions-small': _extensions('omniglot-5w1s', .99, **_small)
                         | _rows('omniglot-5w1s', _plus, '-shared-head-targets-5',
@@ -208,6 +219,12 @@ def _said(mean:float=math.nan, spread:float=math.nan)->str:
     if math.isnan(mean): return '-'
     return f'{mean:.2f}' if math.isnan(spread) else f'{mean:.2f} ± {spread:.2f}'
 
+def _how_many(found:abc.Sequence[dict])->str: # seeds
+    failed = sum(r['diverged'] is not None for r in found)
+    return f'{len(found)}, {failed} diverged' if failed else f'{len(found)}'
+
+def _in_markdown(lines:abc.Iterable[abc.Sequence[str]])->str: return '\n'.join(f"| {' | '.join(l)} |" for l in lines)
+
 def results_table(
     table:str, # a key of `tables`
     records:dict[str,list[dict]], # from `read_records`
@@ -221,32 +238,71 @@ def results_table(
     lines = [head, ['---']*len(head)]
     for row,found in records.items():
         config = found[0]['config']
-        failed = sum(r['diverged'] is not None for r in found)
         operations = run_operations(Config(**config))
         published = [_said(*tables[table][row].published)] if known else []
         ours = [_said(*over_seeds(found, norm, who)[:2]) for norm,who in kinds]
-        seeds = f'{len(found)}, {failed} diverged' if failed else f'{len(found)}'
         steps = f"{config['epochs']} × {config['iterations']}"
-        lines.append([row, *published, *ours, seeds, steps, f'{operations/1e12:.1f}'])
-    return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
+        lines.append([row, *published, *ours, _how_many(found), steps, f'{operations/1e12:.1f}'])
+    return _in_markdown(lines)
+
+# %% ../nbs/19_reproduce.ipynb #3d84aad1
+def _numbers_of(task:str, table:str)->dict[str,dict]: # published, by method, the lowest first
+    known = {**published['others'][table], **published['rows'][table]}
+    found = {row.partition('-')[2]: number for row,number in known.items() if row.startswith(f'{task}-')}
+    return dict(sorted(found.items(), key=lambda pair: pair[1]['accuracy']))
+
+def _run_here(found:list[dict], norm:str)->list[str]: # ours, in words: the last five columns
+    config = found[0]['config']
+    ours = [_said(*over_seeds(found, norm, who)[:2]) for who in ('single','ensemble')]
+    size = f"{config['filters']} filters, {config['n_tasks']} tasks"
+    return [*ours, f"{config['epochs']*config['iterations']:,}", size, _how_many(found)]
+
+def published_table(
+    table:str, # omniglot or mini-imagenet
+    task:str, # as rows begin: 20w1s and so on
+    records:dict[str,dict[str,list[dict]]], # by table, from `read_records`
+    norm:str='targets', # how targets are normalised
+)->str: # Markdown; mean ± standard deviation over seeds, in %
+    "A published table with all its rows, and ours beside them; blank where nothing ran"
+    known, ours = _numbers_of(task, table), {}
+    for row,found in (pair for rows in records.values() for pair in rows.items()):
+        if row.startswith(f'{task}-'): ours.setdefault(row.partition('-')[2], []).append(_run_here(found, norm))
+    head = ['method', 'source', 'published', 'ours, single', 'ours, ensemble', 'outer steps', 'size', 'seeds']
+    lines = [head, ['---']*len(head)]
+    for method in {**known, **ours}:
+        number = known.get(method, {'source': '', 'accuracy': math.nan})
+        published = _said(number['accuracy'], number.get('spread', math.nan)) if method in known else ''
+        lines += [[method, number['source'], published, *run] for run in ours.get(method, [['']*5])]
+    return _in_markdown(lines)
+
+def cited(
+    table:str, # omniglot or mini-imagenet
+)->str: # Markdown, a line each
+    "Where the numbers of a published table are from"
+    numbers = [number for kind in ('rows','others') for number in published[kind][table].values()]
+    sources = {number['source']: published['sources'][number['source']] for number in numbers}
+    return '\n'.join(f"- {name}: {s['cite']}, {s['id']}; {s['where']}" for name,s in sources.items())
 
 # %% ../nbs/19_reproduce.ipynb #0000000b
 def plot_curves(
     records:dict[str,list[dict]], # from `read_records`
     axes:abc.Sequence[plt.Axes], # two: over epochs, and over what was computed
+    pace:float=0., # operations per second of an idle machine, to say it in seconds; 0: in operations
 )->None:
     "Validation accuracy over epochs and over arithmetic, seeds as bands"
+    unit, spent_in = 1e12, 'trillion operations'
+    if pace: unit, spent_in = pace, f'seconds at {pace/1e9:.0f} billion operations per second'
     for i,(row,found) in enumerate(records.items()):
         epochs = min(len(r['epochs']) for r in found)
         if not epochs: continue
         accuracy = np.array([[100*e['validation']['accuracy'][-1] for e in r['epochs'][:epochs]] for r in found])
         config = Config(**found[0]['config'])
-        spent = [run_operations(config, e+1)/1e12 for e in range(epochs)]
+        spent = [run_operations(config, e+1)/unit for e in range(epochs)]
         for ax,x in zip(axes, (1 + np.arange(epochs), spent)):
             ax.plot(x, accuracy.mean(0), f'C{i}', lw=1.2, label=row)
             ax.fill_between(x, accuracy.min(0), accuracy.max(0), color=f'C{i}', alpha=.15, lw=0)
     axes[0].figure.suptitle(describe_runs(next(iter(records.values()))), fontsize=9)
-    for ax,label in zip(axes, ('epoch', 'trillion operations')):
+    for ax,label in zip(axes, ('epoch', spent_in)):
         ax.set(xlabel=label, ylabel='validation accuracy (%)')
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False, fontsize=7)
@@ -315,13 +371,13 @@ def at_once(
     seeds:list[int], # of a row, all to be trained
     device:str, # cpu, cuda ...
 )->list[list[int]]: # groups of seeds, one after the other
-    "Which seeds a device trains at once: on a CPU nothing is gained by it, and more is finished early without"
+    "Which seeds a device trains at once: on a CPU nothing is gained by it, and a whole table is there early without"
     return [[s] for s in seeds] if device == 'cpu' else [seeds]
 
 def _jobs(table:str, rows:dict[str,Row], seeds:list[list[int]], changes:dict, out:Path, records:Path)->list[_Job]:
-    found = []
-    for name,row in rows.items():
-        for some in seeds:
+    found = [] # a first seed of every row before any second one
+    for some in seeds:
+        for name,row in rows.items():
             configs = [dataclasses.replace(row.config, seed=s, **changes) for s in some]
             found.append(_Job(table, name, configs, out=out, records=records))
     return found
@@ -374,12 +430,14 @@ _trial = {'epochs': 1, 'iterations': 2, 'validation_tasks': 4, 'test_tasks': 4, 
 
 # %% ../nbs/19_reproduce.ipynb #9f0c488e
 def reproduce(
-    # omniglot (20-way, then 5-way), stability (strided networks), extensions (of MAML++), mini-imagenet; for two CPU
-    # cores: omniglot-small, extensions-small, five-shot-small, claims-small, mini-imagenet-small, photos
+    # omniglot (20-way, then 5-way), stability (strided networks), extensions (of MAML++), mini-imagenet; with a tenth
+    # of the outer steps: omniglot-20w1s-tenth, omniglot-20w1s-best, mini-imagenet-tenth; for two CPU cores:
+    # omniglot-small, extensions-small, five-shot-small, claims-small, mini-imagenet-small, photos
     table:str,
     only:Param('rows, by name or by a pattern such as 20w1s-*; empty: all', str, nargs='+')='',
     seeds:Param('seeds of every row', str, nargs='+')='0,1,2',
     minutes:float=0., # stop after this time (minutes) with exit code 3, to go on later; 0: at the end
+    background:bool=False, # at the lowest priority: whatever else runs on this machine goes first
     device:str='auto', # cpu, cuda, or auto: a GPU if there is one, which trains the seeds of a row at once
     out:str='runs', # folder of the runs, in a folder for each table
     # folder of the records and best weights; empty: nbs/results/tables where there is nbs/results, else results
@@ -393,6 +451,7 @@ def reproduce(
     if not 0 <= minutes < math.inf: raise ValueError(f'minutes must be at least 0, got {minutes}')
     rows = chosen_rows(table, only)
     seeds = seed_list(seeds)
+    if background: print(lowest_priority(), flush=True) # before there are threads, which inherit it
     device = pick_device(device)
     began = time.monotonic()
     if data and not trial: raise ValueError('a table has its own data; other data is for a trial')

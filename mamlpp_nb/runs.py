@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['optimizers', 'models_folder', 'record_schema', 'state_tensors', 'first_state', 'save_state', 'load_state',
-           'write_json', 'open_run', 'read_config', 'read_split', 'run_splits', 'keep_split', 'about_model',
-           'keep_state', 'step_back', 'newest_state', 'read_metrics', 'best_epochs', 'best_file', 'forget_others',
-           'finish_epoch', 'model_files', 'how_unfinished', 'model_file', 'read_settings', 'load_models', 'read_run',
-           'plot_run', 'Pretrained', 'find_model', 'read_pretrained', 'settings_from', 'begin_from', 'start_file',
-           'run_setup', 'six_digits', 'make_record', 'record_of']
+           'write_json', 'open_run', 'read_config', 'is_going_on', 'read_split', 'run_splits', 'keep_split',
+           'about_model', 'keep_state', 'step_back', 'newest_state', 'read_metrics', 'best_epochs', 'best_file',
+           'forget_others', 'finish_epoch', 'model_files', 'newest_step', 'how_unfinished', 'model_file',
+           'read_settings', 'load_models', 'why_diverged', 'read_run', 'plot_run', 'Pretrained', 'find_model',
+           'read_pretrained', 'settings_from', 'begin_from', 'start_file', 'run_setup', 'six_digits', 'make_record',
+           'record_of']
 
 # %% ../nbs/15_runs.ipynb #b8000003
 import collections.abc as abc, contextlib, dataclasses, functools, hashlib, json, os, shutil
@@ -125,7 +126,7 @@ def open_run(
     _refuse_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock, known = FileLock(folder/'lock'), folder/'config.json'
-    try: lock.acquire(timeout=0)
+    try: lock.acquire(timeout=.5) # somebody may be looking at it, which takes less
     except Timeout: raise ValueError(f'a run is going on in {folder}; choose another folder, or wait for it') from None
     try:
         for draft in folder.glob('*.part*'): draft.unlink() # of a write that was cut short
@@ -151,6 +152,18 @@ def read_config(
     except FileNotFoundError: raise ValueError(f'no run in {folder}: it has no config.json') from None
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f'{path} is not the configuration of a run ({e})') from e
+
+# %% ../nbs/15_runs.ipynb #b8000019
+def is_going_on(
+    folder:str|Path, # of a run
+)->bool:
+    "Is a living process in this folder? Its lock says so"
+    path = Path(folder)/'lock'
+    if not path.exists(): return False
+    try:
+        with FileLock(path, timeout=0): return False
+    except Timeout: return True
+    except OSError: return False # in a folder that may only be read nobody trains
 
 # %% ../nbs/15_runs.ipynb #b8000008
 def read_split(
@@ -308,6 +321,16 @@ def model_files(
     if rows: return [best_file(folder, e) for e in best_epochs(rows, n)]
     return [path for name in _states if (path := Path(folder)/f'{name}.safetensors').exists()]
 
+def newest_step(
+    folder:str|Path, # of a run
+)->tuple[int,float]: # outer steps done, and the seconds they took; zeros if no state is there
+    "How far a run has got, by its newest state, whose tensors stay unread"
+    for path in (Path(folder)/f'{name}.safetensors' for name in _states):
+        with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+            with safe_open(path, 'pt') as f: kept = json.loads(f.metadata()['run'])
+            return kept['iteration'], kept['seconds']
+    return 0, 0.
+
 def how_unfinished(
     folder:str|Path, # of a run
     config:Config, # its settings
@@ -315,10 +338,7 @@ def how_unfinished(
     "How far a run has got, if that isn't to its end"
     rows, total = read_metrics(folder), config.epochs*config.iterations
     if len(rows) == config.epochs: return ''
-    done = max((r['iteration'] for r in rows), default=0)
-    for path in model_files(folder, 0) if not rows else ():
-        with contextlib.suppress(SafetensorError, KeyError), safe_open(path, 'pt') as f:
-            done = max(done, json.loads(f.metadata()['run'])['iteration'])
+    done = rows[-1]['iteration'] if rows else newest_step(folder)[0]
     if not done: return f'0 of {total} outer steps, the model is untrained'
     epochs = '1 epoch' if len(rows) == 1 else f"{len(rows) or 'no'} epochs"
     return f'{done} of {total} outer steps, {epochs} finished'
@@ -368,6 +388,17 @@ def load_models(
     return models, names
 
 # %% ../nbs/15_runs.ipynb #0000003c
+def why_diverged(
+    folder:str|Path, # of a run
+    done:int, # outer steps
+)->str: # empty if it didn't, or has got further since, such as on another machine
+    "Why training can't go on from here"
+    path = Path(folder)/'diverged.json'
+    if not path.exists(): return ''
+    try: noted = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(f'{path} is damaged ({e}); remove it') from e
+    return noted['why'] if done <= noted['iteration'] else ''
+
 def read_run(
     folder:str|Path, # of a run
 )->dict: # folder, config, starts, metrics (a list), epochs done, test or None, status: 'complete' or 'unfinished'

@@ -471,10 +471,12 @@ def _diverged(seeds, world)->Diverged: # names the seed, its episodes and what i
     found = [bad_tasks(s) for s in seeds]
     (config, folder, setup, state, _), bad = max(zip(seeds, found), key=lambda pair: len(pair[1]))
     dealt = named_episodes(setup.deal, state.iteration*config.n_tasks, config.n_tasks)
-    return Diverged(f'the meta loss or its gradient is not finite at iteration {state.iteration}, {dealt}; '
-                    f'of these, not finite by themselves: {", ".join(bad) or "none"}. '
-                    f'The last good state is in {folder/"last.safetensors"}; '
-                    f'mamlpp replay {folder} --iteration {state.iteration} repeats the step')
+    why = (f'the meta loss or its gradient is not finite at iteration {state.iteration}, {dealt}; '
+           f'of these, not finite by themselves: {", ".join(bad) or "none"}. '
+           f'The last good state is in {folder/"last.safetensors"}; '
+           f'mamlpp replay {folder} --iteration {state.iteration} repeats the step')
+    if world.rank == 0: write_json(folder/'diverged.json', {'iteration': state.iteration, 'why': why})
+    return Diverged(why)
 
 # %% ../nbs/16_training.ipynb #0cdef0c3
 def grade_run(

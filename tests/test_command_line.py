@@ -1,4 +1,5 @@
 "The program as a shell sees it."
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,11 +10,14 @@ import jsonschema
 import pytest
 from PIL import Image
 
-from mamlpp_nb.cli import main
-from mamlpp_nb.config import Config, configure, presets
+from conftest import tiny_run
+from mamlpp_nb.cli import main, seconds_left
+from mamlpp_nb.config import Config, configure, presets, step_operations
 from mamlpp_nb.diagnostics import score_of, steps_done
-from mamlpp_nb.maml import load_meta
-from mamlpp_nb.runs import record_schema
+from mamlpp_nb.maml import Diverged, load_meta
+from mamlpp_nb.reproduce import Row, run_operations, tables
+from mamlpp_nb.runs import newest_step, open_run, record_schema
+from mamlpp_nb.training import train_and_test, train_run
 
 
 def mamlpp(*words, cwd=None, **env):
@@ -105,3 +109,79 @@ def test_a_device_that_is_not_there_is_refused_in_a_line(capsys, device):
     assert main(['quickstart', '--data', 'glyphs', '--device', device]) == 2
     said = capsys.readouterr().err.strip()
     assert 'no device' in said and '\n' not in said and len(said) < 300
+
+
+def files_in(folder): return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def test_runs_says_how_far_each_has_got(tmp_path, drawn, monkeypatch, capsys):
+    for page in ('evaluation', 'training'): monkeypatch.setattr(f'mamlpp_nb.{page}.gathered_tasks', 8) # instead of 100
+    monkeypatch.setitem(tables, 'short', {'a': Row(tiny_run)})
+    folder, other = tmp_path / 'short/a-seed10', tmp_path / 'by-hand'
+
+    def told(): # about both, and nothing has been written
+        before = files_in(tmp_path)
+        assert main(['runs', str(tmp_path), '--json']) == 0 and files_in(tmp_path) == before
+        return {Path(r['folder']).name: r for r in json.loads(capsys.readouterr().out)}
+
+    assert train_run(tiny_run, folder, drawn, minutes=1e-9, say=lambda text: None) == 'out of time'
+    with open_run(other, tiny_run): pass
+    found = told()
+    a, b = found['a-seed10'], found['by-hand']
+    assert (a['table'], a['row'], a['seed'], a['outer_step'], a['outer_steps'], a['status'], a['validation'], a['test']) == ('short', 'a', 10, 1, 4, 'unfinished', None, None)
+    step, seconds = step_operations(tiny_run, 0), newest_step(folder)[1]
+    assert a['seconds_left'] == pytest.approx(seconds * (run_operations(tiny_run) / step - 1)) and run_operations(tiny_run) != 4 * step # the second epoch costs more
+    assert (b['table'], b['row'], b['outer_step'], b['seconds_left']) == (None, None, 0, None)
+
+    with open_run(folder, tiny_run): assert told()['a-seed10']['status'] == 'going on'
+    assert train_and_test([tiny_run], [folder], drawn, say=lambda text: None) == 'complete'
+    a = told()['a-seed10']
+    assert (a['outer_step'], a['status'], a['seconds_left']) == (4, 'complete', 0) and a['validation']['accuracy'] and a['test']['single']['accuracy']
+    assert main(['runs', str(tmp_path)]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert [c for c in ('outer steps', 'training left', 'best validation') if c not in head] == [] and len(lines) == 2
+    assert '4 of 4' in lines[1] and 'complete' in lines[1] and '0 of 4' in lines[0] and 'unfinished' in lines[0]
+
+
+def test_time_left_goes_by_the_last_epochs():
+    config = Config(method='maml', epochs=10, iterations=10, n_way=5, filters=4)
+    rows = [{'iteration': 10 * (e + 1), 'seconds': 100. * (e + 1) if e < 2 else 200. + 10 * (e - 1)} for e in range(8)] # slow at first: the machine had other work
+    assert seconds_left(config, rows[:2], 20, 200.) == pytest.approx(800)
+    assert seconds_left(config, rows, 80, rows[-1]['seconds']) == pytest.approx(20)
+    assert seconds_left(config, rows, 85, rows[-1]['seconds'] + 5) == pytest.approx(15)
+    assert seconds_left(config, [], 0, 0.) is None
+    own = dataclasses.replace(config, data='my/images', network='perceptron') # what nobody can count goes by outer steps
+    assert seconds_left(own, rows, 85, rows[-1]['seconds'] + 5) == pytest.approx(15)
+
+
+def test_runs_names_what_diverged(tmp_path, drawn, capsys):
+    wild = dataclasses.replace(tiny_run, outer_lr=1e20)
+    with pytest.raises(Diverged) as e: train_run(wild, tmp_path / 'wild', drawn, say=lambda text: None)
+    assert main(['runs', str(tmp_path), '--json']) == 0
+    said, = json.loads(capsys.readouterr().out)
+    assert said['status'] == 'diverged' and json.loads((tmp_path / 'wild/diverged.json').read_text())['why'] == str(e.value)
+    (tmp_path / 'wild/diverged.json').write_text('{')
+    assert main(['runs', str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert 'diverged.json is damaged' in said.err and 'no runs in' in said.out
+
+
+def test_runs_leaves_out_what_is_no_run_and_says_so(tmp_path, capsys):
+    assert main(['runs', str(tmp_path)]) == 0 and f'no runs in {tmp_path}' in capsys.readouterr().out
+    assert main(['runs', str(tmp_path), '--json']) == 0 and json.loads(capsys.readouterr().out) == []
+    assert main(['runs', str(tmp_path / 'nowhere')]) == 0 and 'no runs in' in capsys.readouterr().out
+    with pytest.raises(SystemExit): main(['runs', 'a', 'b'])
+    capsys.readouterr()
+    with open_run(tmp_path / 'good', tiny_run): pass
+    spoilt = {'foreign': ('config.json', b'{"model_type": "bert"}'), 'cut': ('metrics.jsonl', b'{"epoch": 0'), 'strange': ('metrics.jsonl', b'{}\n'), 'bytes': ('metrics.jsonl', b'\xff\n'),
+              'untested': ('test.json', b'['), 'state': ('last.safetensors', b'no tensors')}
+    for name, (file, data) in spoilt.items():
+        with open_run(tmp_path / name, tiny_run): pass
+        (tmp_path / name / file).write_bytes(data)
+    (tmp_path / 'a folder/config.json').mkdir(parents=True)
+    assert main(['runs', str(tmp_path), '--json']) == 0
+    said = capsys.readouterr()
+    assert {Path(r['folder']).name for r in json.loads(said.out)} == {'good', 'state'} # a run whose state is damaged is there all the same
+    lines = said.err.splitlines()
+    assert len(lines) == 6 and all(line.startswith('left out: ') for line in lines)
+    for name in ('foreign', 'cut', 'strange', 'bytes', 'untested', 'a folder'): assert any(str(tmp_path / name) in line for line in lines), name

@@ -1,5 +1,6 @@
 "The ground floor: what is said of a machine, and what works where a system lacks something."
 import io
+import os
 import subprocess
 import sys
 
@@ -35,9 +36,17 @@ def test_the_size_of_a_page(monkeypatch):
 def test_a_console_that_knows_few_letters_gets_a_question_mark(monkeypatch):
     narrow = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
     monkeypatch.setattr(sys, 'stdout', narrow)
-    assert main(['runs', '--folder', 'nowhere-±-θ']) == 0
+    assert main(['runs', 'nowhere-±-θ']) == 0
     narrow.flush()
     assert b'nowhere-?-?' in narrow.buffer.getvalue()
+
+
+def test_the_lowest_priority_is_said_also_where_there_is_none(monkeypatch):
+    given = []
+    monkeypatch.setattr(os, 'nice', lambda n: given.append(n) or 19, raising=False)
+    assert 'niceness 19' in machine.lowest_priority() and given == [19]
+    monkeypatch.delattr(os, 'nice')
+    assert 'no `nice`' in machine.lowest_priority()
 
 
 def test_the_ground_imports_nothing_of_the_book():

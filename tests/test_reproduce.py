@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import tape  # noqa: F401  (the same folder as the other tests)
@@ -16,13 +17,15 @@ from mamlpp_nb.maml import load_meta
 from mamlpp_nb.config import Config, epoch_parts, set_up
 from mamlpp_nb.runs import first_state, record_schema
 from mamlpp_nb.training import outer_steps
-from mamlpp_nb.reproduce import Row, chosen_rows, over_seeds, published, read_records, reproduce, results_table, seed_list, tables
+from mamlpp_nb.reproduce import Row, chosen_rows, over_seeds, plot_curves, published, published_table, read_records, reproduce, results_table
+from mamlpp_nb.reproduce import run_operations, seed_list, tables
 
 here = Path(__file__).parent
 results = here.parent / 'nbs/results/tables'
 committed = sorted(p for name in tables for p in (results / name).glob('*.json'))
 
 
+tenths = {'omniglot-20w1s-tenth', 'omniglot-20w1s-best', 'mini-imagenet-tenth'} # with a tenth of the published outer steps
 short = dataclasses.replace(tiny_run, epochs=2, n_steps=2, seed=0)
 
 
@@ -69,6 +72,8 @@ def test_the_schema_refuses_what_is_no_record(table, tmp_path):
 def test_a_table_in_many_small_pieces_is_the_same_table(table, tmp_path, capsys, monkeypatch):
     def go(name, **more): return reproduce('short', seeds='0 1', device='cpu', out=tmp_path / name, records=tmp_path / name / 'records', **more)
     assert go('whole') == 0
+    begun = re.findall(r'^short, (\w), seed (\d)', capsys.readouterr().out, re.M)
+    assert begun == [('a', '0'), ('b', '0'), ('a', '1'), ('b', '1')] # a CPU has a whole table early
     codes = [go('pieces', minutes=1e-6)]
     assert codes == [3] and not read_records(tmp_path / 'pieces/records', 'short') # nothing is shown that wasn't run
     taken = module.train_and_test
@@ -134,7 +139,8 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize('filters', [4, pytest.param(None, marks=pytest.mark.weekly)], ids=['narrow', 'full width'])
 @pytest.mark.parametrize('name, row', [('omniglot', '5w1s-maml'), ('stability', '20w1s-maml-strided'), ('extensions', '20w1s-mamlpp-average'), ('mini-imagenet', '5w1s-maml-unclamped'),
-                                       ('omniglot-small', '5w1s-meta-sgd'), ('extensions-small', '5w1s-anil'), ('five-shot-small', '5w5s-mamlpp'), ('claims-small', '5w1s-maml-betas-only'), ('mini-imagenet-small', '5w1s-mamlpp'), ('photos', '5w1s-mamlpp')])
+                                       ('omniglot-small', '5w1s-meta-sgd'), ('extensions-small', '5w1s-anil'), ('five-shot-small', '5w5s-mamlpp'), ('claims-small', '5w1s-maml-betas-only'), ('mini-imagenet-small', '5w1s-mamlpp'), ('photos', '5w1s-mamlpp'),
+                                       ('omniglot-20w1s-tenth', '20w1s-maml+msl'), ('omniglot-20w1s-best', '20w1s-mamlpp-best'), ('mini-imagenet-tenth', '5w1s-mamlpp-best')])
 def test_a_row_of_each_table_begins_on_this_machine(name, row, filters, tmp_path, capsys, monkeypatch):
     "One seed, two outer steps on glyphs; `mamlpp reproduce TABLE --trial` does it for all rows at full width on the real data."
     if filters:
@@ -144,7 +150,7 @@ def test_a_row_of_each_table_begins_on_this_machine(name, row, filters, tmp_path
     assert main(['reproduce', name, '--only', row, '--seeds', '0', '--trial', '--data', 'glyphs', '--device', 'cpu', '--out', str(tmp_path), '--json']) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said['status'] == 'complete' and set(said['rows']) == {row}
-    assert set(tables) == {'omniglot', 'stability', 'extensions', 'mini-imagenet', 'omniglot-small', 'extensions-small', 'five-shot-small', 'claims-small', 'mini-imagenet-small', 'photos'} # a new table wants a row here
+    assert set(tables) == {'omniglot', 'stability', 'extensions', 'mini-imagenet', 'omniglot-small', 'extensions-small', 'five-shot-small', 'claims-small', 'mini-imagenet-small', 'photos', *tenths} # a new table wants a row here
 
 
 @pytest.mark.parametrize('page', ['20_omniglot.ipynb', 'index.ipynb'])
@@ -155,6 +161,75 @@ def test_the_pages_show_what_the_records_say(page):
         for who in ('single', 'ensemble'):
             mean, spread, n = over_seeds(found, 'targets', who)
             assert n == 3 and re.search(rf'{mean:.2f} ± {spread:.2f}', shown), f'{page} does not show {row}, {who}'
+
+
+@pytest.mark.parametrize('name, rows', [
+    ('omniglot-20w1s-tenth', ['20w1s-mamlpp', '20w1s-maml', '20w1s-maml+lslr', '20w1s-maml+bn', '20w1s-maml+msl', '20w1s-meta-sgd']),
+    ('omniglot-20w1s-best', ['20w1s-mamlpp-best', '20w5s-mamlpp-best']),
+    ('mini-imagenet-tenth', ['5w1s-mamlpp', '5w1s-maml', '5w1s-mamlpp-shared-head', '5w1s-mamlpp-best'])])
+def test_a_tenth_is_the_published_run_but_for_its_length(name, rows):
+    assert list(tables[name]) == rows
+    allowed = {'epochs', 'iterations', 'multi_step_epochs', 'validation_tasks'} | ({'shared_head', 'average', 'n_target'} if name != 'omniglot-20w1s-tenth' else set())
+    for row, found in tables[name].items():
+        whole = tables[name.rpartition('-')[0].removesuffix('-20w1s')][row.removesuffix('-best').removesuffix('-shared-head')]
+        a, b = dataclasses.asdict(found.config), dataclasses.asdict(whole.config)
+        assert {k for k in a if a[k] != b[k]} <= allowed and 10 * a['epochs'] * a['iterations'] == b['epochs'] * b['iterations']
+        assert found.published == (whole.published if row in ('5w1s-mamlpp', '5w1s-maml') or name == 'omniglot-20w1s-tenth' else ())
+
+
+@pytest.mark.parametrize('page, table, tasks', [('20_omniglot', 'omniglot', ('20w1s', '20w5s')), ('21_mini_imagenet', 'mini-imagenet', ('5w1s', '5w5s'))])
+def test_a_chapter_prints_the_published_table_whole(page, table, tasks):
+    "Every row, literature too, with what the records say now"
+    cells = json.loads((here.parent / f'nbs/{page}.ipynb').read_text())['cells']
+    shown = '\n'.join(''.join(o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', ()))
+    kept = {name: read_records(results, name) for name in tables if name == table or name in tenths and name.startswith(table)}
+    known = {**published['rows'][table], **published['others'][table]}
+    for task in tasks:
+        made = published_table(table, task, kept)
+        assert made in shown
+        for row in known: assert not row.startswith(task) or f"| {row.partition('-')[2]} | {known[row]['source']} | {known[row]['accuracy']:.2f}" in made
+    assert len(known) == sum(row.partition('-')[0] in tasks for row in known)
+
+
+def test_what_ran_stands_beside_what_is_published():
+    def made(row, seed, failed=None):
+        config = dataclasses.asdict(dataclasses.replace(tables['omniglot-20w1s-tenth'][row].config, seed=seed))
+        scored = {'targets': {'single': {'accuracy': [0., .9 + .02 * seed]}, 'ensemble': {'accuracy': [0., .95]}}}
+        return {'config': config, 'diverged': failed, 'test': None if failed else {'norms': scored}}
+    kept = {'omniglot': {}, 'omniglot-20w1s-tenth': {'20w1s-maml': [made('20w1s-maml', 0), made('20w1s-maml', 1)], '20w1s-maml+bn': [made('20w1s-maml+bn', 0, 'why')]},
+            'omniglot-20w1s-best': {'20w1s-mamlpp-best': [made('20w1s-mamlpp', 0)]}}
+    lines = {line.split(' | ')[0][2:]: line for line in published_table('omniglot', '20w1s', kept).splitlines()}
+    assert lines['maml'].endswith('| 91.27 ± 1.07 | 91.00 ± 1.41 | 95.00 ± 0.00 | 5,000 | 64 filters, 8 tasks | 2 |')
+    assert lines['maml+bn'].endswith('| 95.35 ± 0.23 | - | - | 5,000 | 64 filters, 8 tasks | 1, 1 diverged |')
+    assert lines['mamlpp-best'] == '| mamlpp-best |  |  | 90.00 | 95.00 | 5,000 | 64 filters, 8 tasks | 1 |' and list(lines)[-1] == 'mamlpp-best'
+    assert lines['Siamese nets'].endswith('| koch-2015 | 88.20 |  |  |  |  |  |')
+    accuracies = [float(line.split(' | ')[2].split(' ±')[0]) for name, line in list(lines.items())[2:-1]]
+    assert accuracies == sorted(accuracies)
+    both = published_table('omniglot', '20w1s', {**kept, 'omniglot': {'20w1s-maml': [made('20w1s-maml', 0)]}}) # both lengths: a line each
+    assert sum(line.startswith('| maml |') for line in both.splitlines()) == 2
+    assert '20w5s' not in both and 'mamlpp-best' not in published_table('omniglot', '20w5s', kept)
+
+
+def test_curves_over_seconds_are_curves_over_arithmetic():
+    small = {row: found for row, found in read_records(results, 'omniglot-small').items() if row == '5w1s-maml'}
+    config = Config(**small['5w1s-maml'][0]['config'])
+    ends = {}
+    for pace in (0., 2e9):
+        axes = Figure().subplots(1, 2)
+        plot_curves(small, axes, pace)
+        ends[axes[1].get_xlabel()] = axes[1].lines[0].get_xdata()[-1]
+    assert ends == pytest.approx({'trillion operations': run_operations(config) / 1e12, 'seconds at 2 billion operations per second': run_operations(config) / 2e9})
+
+
+def test_in_the_background_everything_else_goes_first(table, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(module, 'lowest_priority', lambda: asked.append('yes') or 'in the background: so it is')
+    where = {'device': 'cpu', 'out': tmp_path / 'runs', 'records': tmp_path}
+    assert reproduce('short', 'a', '0', minutes=1e-6, **where) == 3 and not asked
+    assert reproduce('short', 'a', '0', minutes=1e-6, background=True, **where) == 3 and asked == ['yes']
+    assert 'in the background: so it is' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='no row'): reproduce('short', 'c', '0', background=True, **where)
+    assert asked == ['yes'] # what is refused changes nothing
 
 
 def test_published_numbers_have_one_home():

@@ -344,7 +344,7 @@ def test_a_user_never_leaves_the_command_line(tmp_path, capsys, words, norms):
     assert main([*all_words, '--minutes', '1e-9']) == 3 and main(all_words) == 0
     assert set(read_run(tmp_path / 'run')['test']['norms']) == norms
     for command in (['evaluate', '--tasks', '3', '--device', 'cpu'], ['show'], ['replay', '--iteration', '3']): assert main([command[0], str(tmp_path / 'run'), *command[1:]]) == 0
-    assert main(['runs', '--folder', str(tmp_path)]) == 0 and (tmp_path / 'run/metrics.csv').exists()
+    assert main(['runs', str(tmp_path)]) == 0 and (tmp_path / 'run/metrics.csv').exists()
     said = capsys.readouterr().out
     assert (' %' in said.split('targets normalised by')[1].splitlines()[1]) == ('squared error' not in words)
     again = next(r for r in read_metrics(tmp_path / 'run') if r['epoch'] == 1)['losses'][1]
