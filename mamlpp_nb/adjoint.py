@@ -217,6 +217,30 @@ def _portions(
     return [(slice(s, s+1), s*n_tasks+first, min(most, n_tasks-first))
             for s in range(n_seeds) for first in range(0, n_tasks, most)]
 
+# %% ../nbs/09_adjoint.ipynb #1ad9609b
+def _walk_all(
+    walk:_PortionWalk, # for all tasks of a seed
+    meta:MetaParameters, # with a leading seed axis, detached
+    episodes:Episodes, # seed after seed
+    total:Weights, # gradients with a leading seed axis, grow in place
+)->tuple[Tensor,Tensor]: # loss, score; (seeds,) each
+    "The way forwards and back for all portions"
+    n_seeds, calculus = len(next(iter(meta.start.values()))), walk.calculus
+    def walked(seeds, first, n): # loss, score, gradients of a portion
+        some = MetaParameters(*({k: t[seeds] for k,t in table.items()} for table in meta))
+        e = episodes[first:first + n*len(range(n_seeds)[seeds])]
+        own = {k: torch.zeros_like(t[seeds]) for k,t in total.items()}
+        with torch.no_grad(): return *walk._replace(n=n)(some, e, own), own
+    portions = [*zip(*_portions(n_seeds, walk.n_tasks, calculus.portion(episodes.support_x)))]
+    parts = [*(side_by_side if calculus.side_by_side else map)(walked, *portions)]
+    for seeds,(*_,own) in zip(portions[0], parts):
+        for k,t in own.items(): total[k][seeds] += t
+    loss, score = (torch.cat(s).view(n_seeds, -1).sum(1)/walk.n_tasks for s in [*zip(*parts)][:2])
+    return loss, score
+
+def _of_one_seed(table:Weights)->Weights: # (1, *shape) by name, the same memory
+    return {k: t[None] for k,t in table.items()}
+
 # %% ../nbs/09_adjoint.ipynb #2919817e
 @torch.no_grad()
 def adjoint_gradient(
@@ -235,25 +259,13 @@ def adjoint_gradient(
 )->tuple[Tensor,Tensor,Weights]:
     "The meta-gradient by walking the inner loop backwards: u ← u - H(αu)"
     weights = _graded_weights(loss_weights, n_steps)
-    def with_seeds(t): return t if n_seeds else t[None]
-    total = {k: with_seeds(torch.zeros_like(t)) for k,t in meta.learned().items()}
-    tables = [{k: with_seeds(t) for k,t in table.items()} for table in meta.detached()]
-    n_there = n_seeds or 1
-    n_tasks = len(episodes)//n_there
-    def walked(seeds, first, n): # loss, score, gradients of a portion
-        some = MetaParameters(*({k: t[seeds] for k,t in table.items()} for table in tables))
-        e = episodes[first:first + n*len(range(n_there)[seeds])]
-        own = {k: torch.zeros_like(t[seeds]) for k,t in total.items()}
-        with torch.no_grad():
-            walk = _PortionWalk(calculus, n, weights, second_order, recompute, n_tasks, score)
-            return *walk(some, e, own), own
-    portions = [*zip(*_portions(n_there, n_tasks, calculus.portion(episodes.support_x)))]
-    parts = [*(side_by_side if calculus.side_by_side else map)(walked, *portions)]
-    for seeds,(*_,own) in zip(portions[0], parts):
-        for k,t in own.items(): total[k][seeds] += t
-    loss, found = (torch.cat(s).view(n_there, -1).sum(1)/n_tasks for s in [*zip(*parts)][:2])
-    if n_seeds: return loss, found, total
-    return loss[0], found[0], {k: t[0] for k,t in total.items()}
+    n_tasks = len(episodes)//(n_seeds or 1)
+    walk = _PortionWalk(calculus, n_tasks, weights, second_order, recompute, n_tasks, score)
+    total = {k: torch.zeros_like(t) for k,t in meta.learned().items()}
+    if n_seeds: return *_walk_all(walk, meta.detached(), episodes, total), total
+    tables = MetaParameters(*map(_of_one_seed, meta.detached()))
+    loss, found = _walk_all(walk, tables, episodes, _of_one_seed(total))
+    return loss[0], found[0], total
 
 # %% ../nbs/09_adjoint.ipynb #3c0737a5
 def stack_seeds(

@@ -7,13 +7,20 @@ __all__ = ['gathered_tasks', 'step_logits', 'refuse_test', 'grade_models', 'summ
 
 # %% ../nbs/13_evaluation.ipynb #00000003
 import collections.abc as abc, dataclasses, itertools
+from typing import NamedTuple
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from .tasks import Episodes
 from .network import Weights, task_batched
 from .maml import Deal, Evaluation, Forward, Graded, MetaParameters, at_step, inner_loop, task_accuracies
 from .per_step_norm import Look, Predict, gather_statistics, predict_targets, target_norms
 from .processes import World, own_share, sum_over
+
+# %% ../nbs/13_evaluation.ipynb #981ae701
+def _relabelled(episodes:Episodes, shift:int, way:int)->Episodes: # the same ones if shift is 0
+    if not shift: return episodes
+    return dataclasses.replace(episodes, support_y=(episodes.support_y + shift) % way)
 
 # %% ../nbs/13_evaluation.ipynb #00000006
 @torch.no_grad()
@@ -32,8 +39,7 @@ def step_logits(
     if not 1 <= n_permutations <= way:
         raise ValueError(f'n_permutations must be from 1 to {way}, the number of classes; got {n_permutations}')
     for shift in range(n_permutations):
-        relabelled = episodes
-        if shift: relabelled = dataclasses.replace(episodes, support_y=(episodes.support_y + shift) % way)
+        relabelled = _relabelled(episodes, shift, way)
         before = {k: w.expand(len(episodes), *w.shape) for k,w in meta.start.items()}
         after = adapt(forward, meta, relabelled.support_x, relabelled.support_y, n_steps, second_order=False, **parts)
         said = {name: [] for name in predicts}
@@ -60,6 +66,52 @@ def refuse_test(
         raise ValueError('at least 2 tasks (an interval needs them), 1 model and 1 inner step; '
                          f'got {n_tasks}, {n_models} and {n_steps}')
 
+# %% ../nbs/13_evaluation.ipynb #e5e41b0d
+class _Grading(NamedTuple): # how models are asked, and how their answers are scored
+    net:nn.Module
+    ways:dict[str,Predict] # for each norm what predicts by it
+    n_steps:int
+    n_permutations:int
+    portion:int # tasks at a time
+    adapt:abc.Callable
+    tick:abc.Callable
+    score:Graded
+    parts:dict # of the inner loop
+
+@patch
+def with_statistics(self:_Grading, models:abc.Sequence, gather:Deal|None, look:Look|None)->abc.Sequence:
+    "The models, with running means where a norm asks for them"
+    if 'running' not in self.ways: return models
+    if gather is None: raise ValueError("the norm 'running' needs meta-training tasks to gather statistics from")
+    how = gather, gathered_tasks, self.n_steps, self.portion, self.adapt, look, self.tick
+    return [gather_statistics(self.net, m, *how, **self.parts) for m in models]
+
+# %% ../nbs/13_evaluation.ipynb #6053a745
+@patch
+def grades(self:_Grading, forward:Forward, models:abc.Sequence, e:Episodes)->Tensor:
+    "Scores of some tasks, (norms, single or ensemble, tasks, steps+1)"
+    said = []
+    for m in models:
+        how = self.ways, self.n_steps, self.n_permutations, self.adapt
+        said.append(step_logits(forward, m, e, *how, **self.parts))
+        self.tick(len(e))
+    def scores(outputs): return torch.stack([self.score(o, e.target_y).double() for o in outputs], 1)
+    def both(norm): return torch.stack([scores(said[0][norm]), scores(sum(s[norm] for s in said)/len(said))])
+    return torch.stack([both(norm) for norm in self.ways])
+
+@patch
+def results(self:_Grading, models:abc.Sequence, sampler:Deal, n_tasks:int, world:World)->dict:
+    "As of `grade_models`"
+    forward, device = task_batched(self.net), next(iter(models[0].start.values())).device
+    found = torch.zeros(len(self.ways), 2, n_tasks, self.n_steps+1, dtype=torch.float64, device=device)
+    own = own_share(n_tasks, world)
+    for first in range(own.start, own.stop, self.portion):
+        e = sampler(first, min(self.portion, own.stop-first))
+        found[:,:,first:first+len(e)] = self.grades(forward, models, e)
+    found = sum_over(world, [found])[0].cpu()
+    def both(single, ensemble): return {'single': Evaluation(single), 'ensemble': Evaluation(ensemble)}
+    return {norm: both(*pair) for norm,pair in zip(self.ways, found)}
+
 # %% ../nbs/13_evaluation.ipynb #000000c0
 @torch.no_grad()
 def grade_models(
@@ -82,26 +134,9 @@ def grade_models(
 )->dict[str,dict[str,Evaluation]]: # for each norm, 'single': the first model, 'ensemble': the mean of all outputs
     "Score of the best model and of the ensemble of all"
     refuse_test(norms, n_tasks, len(models), n_steps)
-    if 'running' in norms:
-        if gather is None: raise ValueError("the norm 'running' needs meta-training tasks to gather statistics from")
-        how = gather, gathered_tasks, n_steps, portion, adapt, look, tick
-        models = [gather_statistics(net, m, *how, **parts) for m in models]
     ways = {norm: predicts[norm] if predicts else predict_targets(net, norm) for norm in norms}
-    forward, own, device = task_batched(net), own_share(n_tasks, world), next(iter(models[0].start.values())).device
-    grades = torch.zeros(len(norms), 2, n_tasks, n_steps+1, dtype=torch.float64, device=device)
-    for first in range(own.start, own.stop, portion):
-        e = sampler(first, min(portion, own.stop-first))
-        said = []
-        for m in models:
-            said.append(step_logits(forward, m, e, ways, n_steps, n_permutations, adapt, **parts))
-            tick(len(e))
-        for i,norm in enumerate(norms):
-            mean = sum(s[norm] for s in said)/len(said)
-            for j,outputs in enumerate((said[0][norm], mean)):
-                grades[i,j,first:first+len(e)] = torch.stack([score(o, e.target_y).double() for o in outputs], 1)
-    grades = sum_over(world, [grades])[0].cpu()
-    def both(single, ensemble): return {'single': Evaluation(single), 'ensemble': Evaluation(ensemble)}
-    return {norm: both(*pair) for norm,pair in zip(norms, grades)}
+    grading = _Grading(net, ways, n_steps, n_permutations, portion, adapt, tick, score, parts)
+    return grading.results(grading.with_statistics(models, gather, look), sampler, n_tasks, world)
 
 # %% ../nbs/13_evaluation.ipynb #00000010
 def summarise(

@@ -10,6 +10,7 @@ import collections.abc as abc, functools, itertools, logging, os, threading, wea
 from pathlib import Path
 from typing import NamedTuple
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 from .machine import side_by_side
 from .progress import tell_once
@@ -86,6 +87,7 @@ def _won(places:list[Tensor])->tuple[Tensor,Tensor]: # value, place
         which = torch.where(more, float(j), which)
     return best, which
 
+# %% ../nbs/10_passes.ipynb #63afa727
 def _at_winners(z:Tensor, at:Tensor, window:abc.Sequence[int])->Tensor: # as `at`
     "What stands in z where the largest stood"
     if torch.compiler.is_compiling(): return _of_place(_places(z, window), at)
@@ -130,6 +132,7 @@ def _put_together(parts:abc.Sequence[Tensor], c:Tensor)->Tensor: # (tasks, image
     parts = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return parts.view(*c.shape[:2], *c.shape[3:5], -1)
 
+# %% ../nbs/10_passes.ipynb #3aecd7f6
 def _first_largest(c:Tensor, w:Tensor)->tuple[Tensor,Tensor]:
     "The first convolution's largest output of each window, and where it stood"
     found = [_largest(_outputs(c[:,cut], w), (c.shape[2],1)) for cut in _cuts(c, w.shape[2])]
@@ -193,6 +196,7 @@ class _Block(NamedTuple): # what a block leaves for the way back
     q:Tensor       # winners, normalised: max-pooling commutes with what comes after
     a:Tensor       # γq + β; the next block's input is its leaky ReLU, found again where it is needed
 
+# %% ../nbs/10_passes.ipynb #250787ee
 # w, gamma, beta: a list with an entry per block, gammas above 0; size: of the first convolution's output;
 # k, stride: of pooling and convolutions; given: means and variances, a pair per block
 def _conv4_forward(w, gamma, beta, head, bias, c, cov, size, k, stride, given=None):
@@ -222,19 +226,24 @@ def _over_taps(t:Tensor)->Tensor: # (tasks, channels)
 def _to_places(dy:Tensor, b:_Block, k:int)->Tensor: # a new tensor, as z
     return _spread(dy, b.at, b.z, (k,k)) if k > 1 else dy
 
-def _conv4_gradient(w, gamma, beta, head, bias, c, cov, size, y, k, stride):
-    "Loss, logits, derivatives by w, gamma, beta, head, bias; and what `_conv4_product` reads"
-    logits, f, blocks, _ = _conv4_forward(w, gamma, beta, head, bias, c, cov, size, k, stride)
-    n = y.shape[1]
+def _n_places(b:_Block)->int: return b.q.shape[1]*b.size[0]*b.size[1] # of a channel, in all images of a task
+
+def _cross_entropy(logits:Tensor, y:Tensor)->tuple[Tensor,Tensor,Tensor]: # loss of each task, p, its derivative by logits
     p = logits.softmax(2)
     truth = (y[...,None] == torch.arange(logits.shape[2], device=y.device)).to(logits.dtype)
     loss = -(logits.log_softmax(2)*truth).sum(2).mean(1)
-    dl = (p - truth)/n
+    return loss, p, (p - truth)/y.shape[1]
+
+# %% ../nbs/10_passes.ipynb #856cf94f
+def _conv4_gradient(w, gamma, beta, head, bias, c, cov, size, y, k, stride):
+    "Loss, logits, derivatives by w, gamma, beta, head, bias; and what `_conv4_product` reads"
+    logits, f, blocks, _ = _conv4_forward(w, gamma, beta, head, bias, c, cov, size, k, stride)
+    loss, p, dl = _cross_entropy(logits, y)
     dx = _features_back(dl @ head, blocks[-1].a, k)
     dw, dgamma, dbeta, dys, dzs = ([None]*len(w) for _ in range(5))
     for i in reversed(range(len(w))):
         b = blocks[i]
-        m = n*b.size[0]*b.size[1] # places of a channel
+        m = _n_places(b)
         dys[i] = _relu_back(dx, b.a)
         dbeta[i] = dys[i].sum((1,2,3))
         dgamma[i] = (dys[i]*b.q).sum((1,2,3))
@@ -276,6 +285,22 @@ def _conv4_along(w, gamma, c, cov, blocks, v, k, stride):
     return xt, moved
 
 # %% ../nbs/10_passes.ipynb #43e6e2b4
+def _norm_along(b:_Block, moved:_Moved, dyt:Tensor, dz:Tensor, scale:Tensor, sums:tuple, k:int)->Tensor: # as dz
+    "What batch norm's derivative dz changes by, the equation on the left differentiated"
+    dgamma, dgammat, dbetat = sums
+    m = _n_places(b)
+    dzt = _to_places(dyt*_beside(scale), b, k)
+    dzt.sub_(_beside(scale*dbetat/m)).addcmul_(moved.zt, _beside(scale*b.r*dgamma/-m))
+    by_z = _beside(scale*b.r*(b.r*moved.s*dgamma - dgammat)/m)
+    return dzt.addcmul_(b.z, by_z).addcmul_(dz, _beside(-b.r*moved.s))
+
+def _convolve_back_along(gt, g, x, xt, w, v, stride:int)->tuple[Tensor,Tensor]: # by x, by w
+    "What the derivatives of a convolution change by: the product rule"
+    by_x, by_w = _convolve_back(gt, x, w, stride)
+    more, by_v = _convolve_back(g, xt, v, stride)
+    return by_x + more, by_w + by_v
+
+# %% ../nbs/10_passes.ipynb #70c2bb71
 def _conv4_product(w, gamma, head, c, cov, kept, v, v_head, v_bias, k, stride):
     "Derivatives of what `_conv4_gradient` returns along v: forwards for the activations, backwards for the gradient"
     blocks, dys, dzs, dw0, dgamma, dbeta, f, p, dl = kept
@@ -286,20 +311,14 @@ def _conv4_product(w, gamma, head, c, cov, kept, v, v_head, v_bias, k, stride):
     dxt = _features_back(dlt @ head + dl @ v_head, xt, k)
     dwt, dgammat, dbetat = ([None]*len(w) for _ in range(3))
     for i in reversed(range(len(w))):
-        b, (x, xt, zt, s, qt) = blocks[i], moved[i]
-        m = n*b.size[0]*b.size[1]
+        b, (x, xt, _, s, qt) = blocks[i], moved[i]
         dyt = _relu_back(dxt, b.a)
         dbetat[i] = dyt.sum((1,2,3))
         dgammat[i] = torch.addcmul(dyt*b.q, dys[i], qt).sum((1,2,3))
         scale = gamma[i]*b.r
         if i:
-            dzt = _to_places(dyt*_beside(scale), b, k)
-            dzt.sub_(_beside(scale*dbetat[i]/m)).addcmul_(zt, _beside(scale*b.r*dgamma[i]/-m))
-            dzt.addcmul_(b.z, _beside(scale*b.r*(b.r*s*dgamma[i] - dgammat[i])/m)).addcmul_(dzs[i], _beside(-b.r*s))
-            dxt, by_w = _convolve_back(dzt, x, w[i], stride)
-            more, by_v = _convolve_back(dzs[i], xt, v[i], stride)
-            dxt = dxt + more
-            dwt[i] = by_w + by_v
+            dzt = _norm_along(b, moved[i], dyt, dzs[i], scale, (dgamma[i], dgammat[i], dbetat[i]), k)
+            dxt, dwt[i] = _convolve_back_along(dzt, dzs[i], x, xt, w[i], v[i], stride)
         else:
             cw, cv = cov @ w[0], cov @ v[0]
             by_gamma = _over_taps(b.r*dgamma[0])*(cv - _over_taps(b.r*s)*cw)
@@ -324,28 +343,32 @@ class Fused:
             self.known.add(shapes)
         return found
 
-    def _first(self, *arguments):
-        try:
-            if self.f is None:
-                _try_compiler()
-                self.f = self.compiled()
-            return self.f(*arguments)
-        except _compiler_errors() as e:
-            tell_once(f'torch.compile does not work here ({str(e).strip().splitlines()[0]}): the meta-step runs '
-                      'uncompiled, which is slower')
-            self.f = self.plain
-            return self.f(*arguments)
+# %% ../nbs/10_passes.ipynb #344174f3
+@patch
+def _first(self:Fused, *arguments):
+    try:
+        if self.f is None:
+            _try_compiler()
+            self.f = self.compiled()
+        return self.f(*arguments)
+    except _compiler_errors() as e:
+        tell_once(f'torch.compile does not work here ({str(e).strip().splitlines()[0]}): the meta-step runs '
+                  'uncompiled, which is slower')
+        self.f = self.plain
+        return self.f(*arguments)
 
-    def compiled(self)->abc.Callable: # compiles when it is called
-        "What is called from then on"
-        folder = Path(os.environ.get('TORCHINDUCTOR_CACHE_DIR', 'torchinductor_'))
-        if folder.name.startswith('torchinductor_'): # torch's own choice, a temporary folder
-            os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(cache_folder()/'compiled')
-        # it would say where CUDA is, also without a GPU
-        logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)
-        config = torch._dynamo.config
-        config.recompile_limit = max(64, config.recompile_limit) # one program for each size of the inputs
-        return torch.compile(self.plain, dynamic=False, options={'cpp.enable_floating_point_contract_flag': 'fast'})
+# %% ../nbs/10_passes.ipynb #8ab4b43c
+@patch
+def compiled(self:Fused)->abc.Callable: # compiles when it is called
+    "What is called from then on"
+    folder = Path(os.environ.get('TORCHINDUCTOR_CACHE_DIR', 'torchinductor_'))
+    if folder.name.startswith('torchinductor_'): # torch's own choice, a temporary folder
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(cache_folder()/'compiled')
+    # it would say where CUDA is, also without a GPU
+    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)
+    config = torch._dynamo.config
+    config.recompile_limit = max(64, config.recompile_limit) # one program for each size of the inputs
+    return torch.compile(self.plain, dynamic=False, options={'cpp.enable_floating_point_contract_flag': 'fast'})
 
 # %% ../nbs/10_passes.ipynb #a1e0c008
 def _compiler_errors()->tuple: # asked for when there is one: the compiler takes long to import
@@ -366,6 +389,7 @@ def written_out_for(
     if not all(p.requires_grad for p in net.parameters()): return False
     return not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules() if m is not net)
 
+# %% ../nbs/10_passes.ipynb #06dc0c96
 def _geometry(net:Conv4)->tuple[int,int]: return (1, 2) if net.strided else (2, 1) # pooling, stride
 
 def _tasks_at_once(net:Conv4, x:Tensor)->int: # x (tasks, images, channels, height, width)
@@ -373,6 +397,7 @@ def _tasks_at_once(net:Conv4, x:Tensor)->int: # x (tasks, images, channels, heig
     if x.is_cuda: return 10**6
     return 2 if x[0,:,0].numel()*net.conv0.out_channels < 2**18 else 1
 
+# %% ../nbs/10_passes.ipynb #db55e5dd
 def _covariance(c:Tensor)->Tensor: # c (tasks, images, h, w, taps) of mean 0; (tasks, taps, taps)
     "Short sums in the precision of c, the sum of them in float64"
     rows = c.flatten(0,2)
@@ -409,6 +434,7 @@ def _kernels(w:Weights)->list[Tensor]: # (tasks, taps, out), then (tasks, out, c
     first, *others = (w[k] for k in _convs(w))
     return [first.flatten(2).transpose(1,2).contiguous(), *map(_channels_last, others)]
 
+# %% ../nbs/10_passes.ipynb #0a5f1b53
 def _signs(w:Weights)->list[Tensor]: # (tasks, channels) per block
     "1, and -1 where a gamma is negative"
     gammas = (w[f'{n}.weight'] for n in _batch_norms(w))

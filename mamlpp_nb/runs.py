@@ -64,6 +64,7 @@ def save_state(
     run = {'iteration': learner.iteration, 'seconds': learner.seconds, 'log': learner.log}
     save_meta(path, learner.meta, about, state_tensors(learner), run=run)
 
+# %% ../nbs/15_runs.ipynb #5b6c53d1
 @torch.no_grad()
 def load_state(
     path:str|Path, # file written by `save_state`
@@ -85,6 +86,7 @@ def load_state(
     for name,value in notes['run'].items(): setattr(learner, name, value)
     return notes['about']
 
+# %% ../nbs/15_runs.ipynb #1b20deb2
 def _take_moment(learner:Learner, name:str, value:Tensor)->None: # of an optimizer's state, by its name in a file
     parameter, key = name.split('/', 1)[1].rsplit('/', 1)
     t = learner.meta.learned()[parameter]
@@ -122,23 +124,30 @@ def open_run(
     compiled:bool=False, # were the steps of this start compiled? For the record, and for `replay`
 )->abc.Iterator[Path]: # the folder, locked
     "A run's folder for one process at a time, and for one configuration"
-    folder, wanted = Path(folder), dataclasses.asdict(config)
+    folder = Path(folder)
     _refuse_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock, known = FileLock(folder/'lock'), folder/'config.json'
+    lock = FileLock(folder/'lock')
     try: lock.acquire(timeout=.5) # somebody may be looking at it, which takes less
     except Timeout: raise ValueError(f'a run is going on in {folder}; choose another folder, or wait for it') from None
     try:
         for draft in folder.glob('*.part*'): draft.unlink() # of a write that was cut short
-        kept, starts = read_config(folder) if known.exists() else (config, [])
-        differ = _differences(dataclasses.asdict(_where_now(kept, config)), wanted)
-        if differ: raise ValueError(f'{folder} holds another run ({differ}); choose another folder')
+        starts = _starts_so_far(folder, config)
         start = {**provenance(device), 'seeds_at_once': together, 'compiled': compiled}
         if config.start_from: start['start_from'] = _checksum(start_file(folder, config))
-        write_json(known, {'config': wanted, 'starts': [*starts, start]})
+        write_json(folder/'config.json', {'config': dataclasses.asdict(config), 'starts': [*starts, start]})
         if config.start_from: _keep_start(folder, config)
         yield folder
     finally: lock.release()
+
+# %% ../nbs/15_runs.ipynb #1aacc5bb
+def _starts_so_far(folder:Path, config:Config)->list[dict]: # none in a new folder
+    "The provenance of each start of a run; one with other settings is refused"
+    if not (folder/'config.json').exists(): return []
+    kept, starts = read_config(folder)
+    differ = _differences(dataclasses.asdict(_where_now(kept, config)), dataclasses.asdict(config))
+    if differ: raise ValueError(f'{folder} holds another run ({differ}); choose another folder')
+    return starts
 
 # %% ../nbs/15_runs.ipynb #b8000006
 def read_config(
@@ -173,6 +182,7 @@ def read_split(
     path = Path(folder)/'split.json'
     return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
+# %% ../nbs/15_runs.ipynb #1916834b
 def run_splits(
     folder:str|Path, # of a run
     config:Config, # its settings
@@ -196,6 +206,7 @@ def _kept_size(folder:Path)->int: # of the images that a run has begun with, in 
         with contextlib.suppress(Damaged): return (load_meta(path)[1].get('images') or (0,0))[1]
     return 0
 
+# %% ../nbs/15_runs.ipynb #3392d2d8
 def keep_split(
     folder:Path, # of a run
     config:Config, # its settings
@@ -331,6 +342,7 @@ def newest_step(
             return kept['iteration'], kept['seconds']
     return 0, 0.
 
+# %% ../nbs/15_runs.ipynb #000000c3
 def how_unfinished(
     folder:str|Path, # of a run
     config:Config, # its settings
@@ -413,6 +425,26 @@ def read_run(
             'epochs': len(rows), 'test': tested, 'status': status}
 
 # %% ../nbs/15_runs.ipynb #b8000015
+def _plot_losses(rows:list[dict], ax:plt.Axes)->None:
+    "Of each outer step, where they are kept, and of each epoch"
+    losses = [loss for r in rows for loss in r.get('losses', ())] # a record has the means alone
+    if losses: ax.plot(1 + np.arange(len(losses)), losses, color='.8', lw=.8, label='outer step')
+    ax.plot([r['iteration'] for r in rows], [r['loss'] for r in rows], 'C0.-', label='mean of an epoch')
+    ax.set(xlabel='outer step', ylabel='meta loss (nats)', ylim=(0,None))
+    ax.legend(frameon=False)
+
+def _plot_accuracies(rows:list[dict], ax:plt.Axes)->None:
+    "Training, and validation with its interval"
+    epochs = [r['epoch']+1 for r in rows]
+    accuracy, ci95 = (100*np.array([r['validation'][k][-1] for r in rows]) for k in ('accuracy','ci95'))
+    ax.plot(epochs, [100*r['accuracy'] for r in rows], '.-', color='.6', label='training')
+    ax.plot(epochs, accuracy, 'C0.-', label='validation')
+    ax.fill_between(epochs, accuracy-ci95, accuracy+ci95, alpha=.2)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel='epoch', ylabel='target accuracy (%)')
+    ax.legend(frameon=False)
+
+# %% ../nbs/15_runs.ipynb #febb77cb
 def plot_run(
     run:dict, # from `read_run`; of a record, its epochs as 'metrics'
     axes:abc.Sequence[plt.Axes]|None=None, # three; new ones if None
@@ -421,19 +453,8 @@ def plot_run(
     if axes is None: axes = plt.subplots(1, 3, figsize=(11,2.8), layout='constrained')[1]
     left, middle, right = axes
     rows = run['metrics']
-    epochs = [r['epoch']+1 for r in rows]
-    losses = [loss for r in rows for loss in r.get('losses', ())] # a record has the means alone
-    if losses: left.plot(1 + np.arange(len(losses)), losses, color='.8', lw=.8, label='outer step')
-    left.plot([r['iteration'] for r in rows], [r['loss'] for r in rows], 'C0.-', label='mean of an epoch')
-    left.set(xlabel='outer step', ylabel='meta loss (nats)', ylim=(0,None))
-    left.legend(frameon=False)
-    accuracy, ci95 = (100*np.array([r['validation'][k][-1] for r in rows]) for k in ('accuracy','ci95'))
-    middle.plot(epochs, [100*r['accuracy'] for r in rows], '.-', color='.6', label='training')
-    middle.plot(epochs, accuracy, 'C0.-', label='validation')
-    middle.fill_between(epochs, accuracy-ci95, accuracy+ci95, alpha=.2)
-    middle.xaxis.get_major_locator().set_params(integer=True)
-    middle.set(xlabel='epoch', ylabel='target accuracy (%)')
-    middle.legend(frameon=False)
+    _plot_losses(rows, left)
+    _plot_accuracies(rows, middle)
     tables = rows[-1]['step_sizes']
     if not any(len(a) > 1 for a in tables.values()):
         right.axis('off')
@@ -481,6 +502,7 @@ def _images_of(config:Config, meta:MetaParameters)->tuple[int,int]: # channels, 
     channels = meta.start['conv0.weight'].shape[1]
     return channels, config.image_size or image_size(channels)
 
+# %% ../nbs/15_runs.ipynb #cc519dea
 @functools.lru_cache(maxsize=8)
 def _pretrained(path:Path, changed:float)->Pretrained:
     meta, about = load_meta(path)
@@ -611,6 +633,7 @@ def _object(optional:dict|None=None, **fields)->dict:
             'additionalProperties': False}
 def _meaning(of:dict, text:str)->dict: return {**of, 'description': text}
 
+# %% ../nbs/15_runs.ipynb #f87581cc
 _scored = _object(accuracy=_list(_number), ci95=_list(_number)) # after 0, 1 ... inner steps
 _models = _object(single=_scored, optional={'ensemble': _scored})
 _origin = {'commit': _text, 'device': _text, 'versions': _object(mamlpp_nb=_text, torch=_text, python=_text)}
@@ -666,6 +689,7 @@ def six_digits(
     if isinstance(value, dict): return {k: six_digits(v) for k,v in value.items()}
     return [six_digits(v) for v in value] if isinstance(value, (list, tuple)) else value
 
+# %% ../nbs/15_runs.ipynb #0f6f5ff7
 def make_record(
     config:dict, # the settings, fields of `Config`
     starts:list[dict], # of each start its `provenance`, seeds_at_once and compiled
@@ -682,6 +706,7 @@ def make_record(
         raise ValueError(f"a record has no field {', '.join(sorted(unknown))}")
     return six_digits(found)
 
+# %% ../nbs/15_runs.ipynb #8881c8e7
 def record_of(
     run:dict, # from `read_run`
     diverged:str|None=None, # why there is no test

@@ -52,9 +52,20 @@ def autograd_by_task(
     loss, score = torch.stack(sums).mean(0)
     return loss.to(episodes.support_x.dtype), score, {k: g/n for k,g in total.items()}
 
-# %% ../nbs/11_speed.ipynb #a1e0d008
+# %% ../nbs/11_speed.ipynb #1130ca23
 _by_autograd = 'the meta-gradient is found by autograd through the inner loop, which is slower'
 
+def _cannot_walk(e:Exception)->str: # in words
+    reason = str(e).strip().splitlines()[0][:120]
+    return f'torch.func cannot walk this network backwards ({reason}): {_by_autograd}'
+
+def _differentiated(forward:Forward, meta:MetaParameters, episodes:Episodes, **arguments)->tuple: # as of `meta_gradient`
+    "A GPU wants few large operations; random draws are those of `meta_gradient`"
+    at_once = episodes.support_x.is_cuda or getattr(forward, 'random', False)
+    whole = meta_gradient if at_once else autograd_by_task
+    return whole(forward, meta, episodes, **arguments)
+
+# %% ../nbs/11_speed.ipynb #a1e0d008
 def fast_gradient(
     net:nn.Module, # any network; `Conv4` takes the fast road
     compiled:bool=False, # fuse the passes with `torch.compile`?
@@ -65,9 +76,7 @@ def fast_gradient(
     written_out = written_out_for(net)
     def gradient(forward, meta, episodes, loss=task_losses, update=gradient_step, n_seeds=0, **parts):
         on_gpu = episodes.support_x.is_cuda
-        def by_autograd(): # a GPU wants few large operations; random draws are those of `meta_gradient`
-            whole = meta_gradient if on_gpu or getattr(forward, 'random', False) else autograd_by_task
-            return whole(forward, meta, episodes, loss=loss, update=update, **parts)
+        def by_autograd(): return _differentiated(forward, meta, episodes, loss=loss, update=update, **parts)
         if why := _why_autograd(forward, meta, update):
             if written_out: tell_once(f'{why}: {_by_autograd}')
             return by_autograd()
@@ -78,8 +87,7 @@ def fast_gradient(
         except torch.OutOfMemoryError: raise
         except (NotImplementedError, RuntimeError) as e: # a layer that torch.func can't do
             if n_seeds or not own: raise
-            reason = str(e).strip().splitlines()[0][:120]
-            tell_once(f'torch.func cannot walk this network backwards ({reason}): {_by_autograd}')
+            tell_once(_cannot_walk(e))
             return by_autograd()
     return gradient
 
@@ -110,6 +118,7 @@ def fast_inner_loop(
         yield from _adapted(calculus(forward, loss), meta.detached(), x, y, n_steps)
     return adapt
 
+# %% ../nbs/11_speed.ipynb #659faf42
 def _adapted(calculus, meta, x, y, n_steps): # the fast weights of all tasks after each step
     "Portion by portion"
     each, portion = side_by_side if calculus.side_by_side else map, calculus.portion(x)
@@ -187,6 +196,7 @@ def capture(
     with torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'): step()
     return graph.replay
 
+# %% ../nbs/11_speed.ipynb #e0c03fb9
 def replay_on(
     device:str|torch.device, # a GPU
 )->abc.Callable: # for `OuterSteps(replayed=...)`

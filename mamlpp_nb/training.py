@@ -13,6 +13,7 @@ import collections.abc as abc, contextlib, dataclasses, math, os, signal, thread
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch
+from fastcore.basics import patch
 from torch import Tensor
 from .machine import peak_memory, processor, provenance
 from .progress import Plan, duration, seconds_of
@@ -294,6 +295,24 @@ def _can_capture(seeds, world)->bool: # by one process on a GPU, if a step does 
     fixed = all(isinstance(s.setup.deal, EpisodeSampler) and not s.setup.training.random for s in seeds)
     return world.size == 1 and world.device != 'cpu' and fixed
 
+# %% ../nbs/16_training.ipynb #9a027be5
+class _Stop(NamedTuple): # called: must training stop now? All processes agree
+    world:World
+    noted:list[int] # signals that came
+    begin:float # by `time.monotonic`
+    minutes:float|None
+
+    def __call__(self)->bool:
+        late = self.minutes is not None and time.monotonic()-self.begin > 60*self.minutes
+        return any_process(self.world, bool(self.noted) or late)
+
+def _to_the_end(seeds, world, stop, log, **how)->str: # how training ended; `how` of `_loop`
+    how |= {'world': world, 'stop': stop, 'log': () if world.rank else log}
+    while True:
+        together, until = _those_behind(seeds)
+        if together[0].state.iteration == until: return 'complete'
+        if _loop(together, until, **how): return signal.Signals(stop.noted[0]).name if stop.noted else 'out of time'
+
 # %% ../nbs/16_training.ipynb #0000a106
 def train_runs(
     configs:abc.Sequence[Config], # what to run: settings that differ in the seed alone
@@ -310,28 +329,15 @@ def train_runs(
 )->str: # 'complete', 'out of time', 'SIGINT' or 'SIGTERM'
     "Train several seeds at once, or go on; `Diverged` names the iteration, the episodes and the last good state"
     _refuse_together(configs, world)
-    begin, writes = time.monotonic(), world.rank == 0
-    splits = splits or run_splits(folders[0], configs[0], say)
-    splits = {s: on_device(d, world.device) for s,d in splits.items()} # once, for all seeds
-    tests, plan = plan is not None, plan or Plan(say, every=60., silent=not writes)
-    with contextlib.ExitStack() as open_ones:
-        noted = open_ones.enter_context(noted_signals())
-        open_ones.enter_context(_clear_errors(', '.join(map(str, folders))))
-        def stop(): # all processes must agree
-            late = minutes is not None and time.monotonic()-begin > 60*minutes
-            return any_process(world, bool(noted) or late)
-        how = {'splits': splits, 'world': world, 'say': say if writes else lambda text: None,
-               'together': len(configs), 'compiled': compiled}
-        seeds = [_begin(open_ones, config, folder, **how) for config,folder in zip(configs, folders, strict=True)]
+    begin, tests = time.monotonic(), plan is not None
+    splits = {s: on_device(d, world.device) for s,d in (splits or run_splits(folders[0], configs[0], say)).items()}
+    reporter = Reporter(configs[0], plan or Plan(say, every=60., silent=world.rank > 0), len(configs) > 1)
+    with noted_signals() as noted, _clear_errors(', '.join(map(str, folders))), contextlib.ExitStack() as open_ones:
+        seeds = _begin_all(open_ones, configs, folders, splits, world, say, compiled)
         captured = capture and _can_capture(seeds, world)
-        reporter = Reporter(configs[0], plan, len(configs) > 1)
         _get_ready(seeds, world, reporter, captured, tests)
-        how = {'world': world, 'stop': stop, 'reporter': reporter, 'keep_every': keep_every,
-               'captured': captured, 'log': log if writes else ()}
-        while True:
-            together, until = _those_behind(seeds)
-            if together[0].state.iteration == until: return 'complete'
-            if _loop(together, until, **how): return signal.Signals(noted[0]).name if noted else 'out of time'
+        stop = _Stop(world, noted, begin, minutes)
+        return _to_the_end(seeds, world, stop, log, reporter=reporter, keep_every=keep_every, captured=captured)
 
 # %% ../nbs/16_training.ipynb #0000a107
 def train_run(
@@ -365,6 +371,13 @@ def _begin(open_ones, config, folder, splits, world, say, together, compiled)->_
     done = f'going on after outer step {state.iteration} of {_last_step(config)}'
     if state.iteration: say(f'{done}{whose}{_moved_on(folder)}')
     return _Seed(config, folder, setup, state, rows)
+
+# %% ../nbs/16_training.ipynb #f4a916a8
+def _begin_all(open_ones, configs, folders, splits, world, say, compiled)->list[_Seed]:
+    "All runs that go on together; their folders are closed with `open_ones`"
+    how = {'splits': splits, 'world': world, 'say': (lambda text: None) if world.rank else say,
+           'together': len(configs), 'compiled': compiled}
+    return [_begin(open_ones, config, folder, **how) for config,folder in zip(configs, folders, strict=True)]
 
 # %% ../nbs/16_training.ipynb #e241600f
 def _moved_on(folder:Path)->str: # what is not to the bit any more
@@ -478,6 +491,44 @@ def _diverged(seeds, world)->Diverged: # names the seed, its episodes and what i
     if world.rank == 0: write_json(folder/'diverged.json', {'iteration': state.iteration, 'why': why})
     return Diverged(why)
 
+# %% ../nbs/16_training.ipynb #185337a4
+class _Test(NamedTuple): # what is asked of models
+    setup:Setup
+    world:World
+    norms:abc.Sequence[str]
+    split:str # 'val' or 'test'
+    n_tasks:int
+    n_steps:int
+    n_permutations:int
+
+@patch
+def planned(self:_Test, config:Config, n_models:int, say:abc.Callable[[str],None])->Plan: # announced
+    "A plan of the test alone"
+    world = self.world
+    plan = Plan(say, silent=world.rank > 0)
+    pace = grading_pace(self.setup, self.n_steps, self.norms, n_permutations=self.n_permutations,
+                        portion=portion_of(world.device))/world.size
+    plan.add('test', _grading_units(config, n_models, self.n_tasks, self.norms), 'tasks of a model', pace)
+    plan.announce(processor() if world.device == 'cpu' else world.device)
+    return plan
+
+# %% ../nbs/16_training.ipynb #a541bfd5
+@patch
+def graded(self:_Test, models:list[MetaParameters], names:list[str], plan:Plan)->dict: # plain values
+    "The result, with what was asked and how long it took"
+    begin, setup, asked = time.monotonic(), self.setup, self._asdict()
+    sampler = setup.test if self.split == 'test' else setup.validation
+    with plan.doing('test') as tick:
+        results = grade_models(
+            setup.net, models, sampler, self.n_tasks, n_steps=self.n_steps, norms=self.norms,
+            n_permutations=self.n_permutations, gather=setup.deal, portion=portion_of(self.world.device),
+            world=self.world, adapt=setup.adapt, predicts=setup.predicts, look=setup.look, tick=tick,
+            score=setup.score, **setup.adapting)
+    seconds = time.monotonic()-begin
+    return {'norms': summarise(results), 'models': names,
+            **{k: asked[k] for k in ('split','n_tasks','n_steps','n_permutations')},
+            'seconds': seconds, 'tasks_per_second': self.n_tasks/seconds}
+
 # %% ../nbs/16_training.ipynb #0cdef0c3
 def grade_run(
     folder:str|Path, # of a run, or of a quickstart; or a file of meta-parameters
@@ -497,25 +548,11 @@ def grade_run(
     config = read_settings(folder)
     setup = set_up(config, splits or run_splits(folder, config, say), world.device, compiled)
     models, names = load_models(folder, config, setup, say)
-    n_tasks, n_steps = n_tasks or config.test_tasks, n_steps or config.n_steps
-    norms, portion = norms or useful_norms(setup), portion_of(world.device)
-    refuse_test(norms, n_tasks, len(models), n_steps)
-    if plan is None:
-        plan = Plan(say, silent=world.rank > 0)
-        guess = grading_pace(setup, n_steps, norms, n_permutations=n_permutations, portion=portion)/world.size
-        plan.add('test', _grading_units(config, len(models), n_tasks, norms), 'tasks of a model', guess)
-        plan.announce(processor() if world.device == 'cpu' else world.device)
-    begin, sampler = time.monotonic(), setup.test if split == 'test' else setup.validation
-    with plan.doing('test') as tick:
-        results = grade_models(
-            setup.net, models, sampler, n_tasks, n_steps=n_steps, norms=norms, n_permutations=n_permutations,
-            gather=setup.deal, portion=portion, world=world, adapt=setup.adapt, predicts=setup.predicts,
-            look=setup.look, tick=tick, score=setup.score, **setup.adapting)
-    seconds = time.monotonic()-begin
-    asked = {'split': split, 'n_tasks': n_tasks, 'n_steps': n_steps, 'n_permutations': n_permutations}
-    return {'norms': summarise(results), 'models': names, **asked,
-            'seconds': seconds, 'tasks_per_second': n_tasks/seconds,
-            'config': dataclasses.asdict(config), **provenance(world.device)}
+    asked = split, n_tasks or config.test_tasks, n_steps or config.n_steps, n_permutations
+    test = _Test(setup, world, norms or useful_norms(setup), *asked)
+    refuse_test(test.norms, test.n_tasks, len(models), test.n_steps)
+    if plan is None: plan = test.planned(config, len(models), say)
+    return {**test.graded(models, names, plan), 'config': dataclasses.asdict(config), **provenance(world.device)}
 
 # %% ../nbs/16_training.ipynb #ac14054a
 exit_codes = {'complete': 0, 'out of time': 3, 'SIGINT': 130, 'SIGTERM': 143} # how training ended, for a shell
@@ -557,10 +594,7 @@ def replay(
     setup = run_setup(folder, config, splits, device, as_it_was)
     state, source = _state_before(folder, iteration, config, setup)
     steps = outer_steps(config, [(setup, state)])
-    plan = Plan(say)
-    plan.add('outer steps before it', iteration-state.iteration, 'outer steps')
-    with plan.doing('outer steps before it') as tick:
-        while state.iteration < iteration and advance(steps, config, 1): tick()
+    _catch_up(steps, config, iteration, say)
     epoch, step = divmod(iteration, config.iterations)
     loss, *_ = steps.look(iteration, **epoch_parts(config, epoch))[0]
     recorded = next((r['losses'][step] for r in read_metrics(folder) if r['epoch'] == epoch), None)
@@ -577,3 +611,11 @@ def _state_before(folder:Path, iteration:int, config:Config, setup:Setup)->tuple
             found.append((state.iteration, path.name, state))
     _, name, state = max((f for f in found if f[0] <= iteration), key=lambda f: f[0])
     return state, name
+
+# %% ../nbs/16_training.ipynb #05e3611c
+def _catch_up(steps:OuterSteps, config:Config, iteration:int, say:abc.Callable[[str],None])->None:
+    "Up to an outer step, or to one before it that is not finite"
+    state, plan = steps.learners[0], Plan(say)
+    plan.add('outer steps before it', iteration-state.iteration, 'outer steps')
+    with plan.doing('outer steps before it') as tick:
+        while state.iteration < iteration and advance(steps, config, 1): tick()

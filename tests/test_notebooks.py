@@ -32,6 +32,13 @@ def test_outputs_are_there_in_order_and_clean(path):
     assert path.stat().st_size < 500_000
 
 
+@pytest.mark.parametrize('name', ['09_adjoint', '10_passes', '11_speed', '13_evaluation', '15_runs', '16_training'])
+def test_a_cell_of_the_machinery_is_one_thought(name):
+    for cell in cells(root / f'nbs/{name}.ipynb', 'code'):
+        lines = [line for line in ''.join(cell['source']).splitlines() if line.strip()]
+        assert len(lines) <= 25, f'{name}, {lines[:2]}: {len(lines)} lines'
+
+
 @pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
 def test_a_chapter_asks_a_question_and_hands_something_on(path):
     text = [''.join(c['source']) for c in cells(path, 'markdown')]
