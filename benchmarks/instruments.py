@@ -2,8 +2,9 @@
 
     python benchmarks/instruments.py        what the record still lacks, some seconds per look
 
-The runs are those of the table omniglot-small, 5-way 1-shot; what they ended with lies beside their records. Nothing
-is trained here.
+The runs are those of the table omniglot-small, 5-way 1-shot; what they ended with lies beside their records. What
+happens on the way is looked at in short runs, as those of the table claims-small, which are trained here with every
+epoch kept: a minute or two each, in runs/instruments.
 """
 import dataclasses
 import json
@@ -17,12 +18,15 @@ from mamlpp_nb.files import write_safely
 from mamlpp_nb.machine import provenance
 from mamlpp_nb.maml import inner_loop, keep_freed_memory, load_meta
 from mamlpp_nb.reproduce import tables
+from mamlpp_nb.runs import load_models
 from mamlpp_nb.tasks import EpisodeSampler, load_data
+from mamlpp_nb.training import train_runs
 
 results = Path(__file__).parent.parent / 'nbs/results'
 path, table, n_tasks, n_steps = results / 'instruments.json', 'omniglot-small', 4, 5
 n_probe, n_paths = 32, 3 # tasks of a look; tasks whose way is followed
 methods = 'maml', 'mamlpp', 'maml+msl', 'maml+bn', 'maml+lslr'
+short, runs = tables['claims-small']['5w1s-maml-tasks-2'].config, results.parent.parent / 'runs/instruments'
 
 
 def cosine(a, b): return torch.cosine_similarity(a, b, dim=-1)
@@ -77,11 +81,29 @@ def rounded(value):
     return float(f'{value:.4g}') if isinstance(value, float) else value
 
 
+def tasks_to_look_at(splits, seed):
+    "Those of no run"
+    return EpisodeSampler(splits['train'], n_target=1, rotate=True, seed=1000 + seed)(0, n_probe)
+
+
+def on_the_way(method, seed, splits):
+    "After every epoch of a short run"
+    config = dataclasses.replace(short, method=method, seed=seed, keep=short.epochs)
+    folder = runs / f'{method}-seed{seed}'
+    train_runs([config], [folder], splits, compiled=False)
+    setup, found = set_up(config, splits, 'cpu', compiled=False), {}
+    for model, name in zip(*load_models(folder, config, setup)):
+        for w in model.start.values(): w.requires_grad_()
+        found[(int(name[-3:]) + 1)*config.iterations] = look(setup, model, tasks_to_look_at(splits, seed))
+    return dict(sorted(found.items()))
+
+
 def one_look(method, seed, when, splits):
     "What the record says of a method at a time: by outer steps done"
+    if when == 'on the way': return on_the_way(method, seed, splits)
     config = dataclasses.replace(tables[table][f'5w1s-{method}'].config, seed=seed)
     setup = set_up(config, splits, 'cpu', compiled=False)
-    probe = EpisodeSampler(splits['train'], n_target=1, rotate=True, seed=1000 + seed)(0, n_probe) # tasks of no run
+    probe = tasks_to_look_at(splits, seed)
     if when == 'start': return {0: look(setup, setup.meta, probe)}
     trained, _ = load_meta(results / f'tables/{table}/5w1s-{method}-seed{seed}.safetensors')
     for w in trained.start.values(): w.requires_grad_()
@@ -93,12 +115,13 @@ if __name__ == '__main__':
     new = {'table': table, 'probe_tasks': n_probe, **provenance('cpu'), 'runs': {}, 'done': []}
     record = json.loads(path.read_text()) if path.exists() else new
     splits = load_data('omniglot')
-    plan = [('maml', 'start'), *((m, 'end') for m in methods)]
+    plan = [('maml', 'start'), *((m, 'end') for m in methods), *((m, 'on the way') for m in ('maml', 'mamlpp'))]
     for method, when in plan:
         for seed in range(3):
             if [method, seed, when] in record['done']: continue
             found = rounded(one_look(method, seed, when, splits))
-            looks = record['runs'].setdefault(method, {}).setdefault(str(seed), {})
+            kind = 'short runs' if when == 'on the way' else 'runs'
+            looks = record.setdefault(kind, {}).setdefault(method, {}).setdefault(str(seed), {})
             looks.update({str(k): v for k, v in found.items()})
             record['done'].append([method, seed, when])
             write_safely(path, lambda draft: draft.write_text(json.dumps(record, ensure_ascii=False) + '\n'))
