@@ -228,7 +228,8 @@ def _to_places(dy:Tensor, b:_Block, k:int)->Tensor: # a new tensor, as z
 
 def _n_places(b:_Block)->int: return b.q.shape[1]*b.size[0]*b.size[1] # of a channel, in all images of a task
 
-def _cross_entropy(logits:Tensor, y:Tensor)->tuple[Tensor,Tensor,Tensor]: # loss of each task, p, its derivative by logits
+def _cross_entropy(logits:Tensor, y:Tensor)->tuple[Tensor,Tensor,Tensor]:
+    "Loss of each task, softmax, derivative of the loss by the logits"
     p = logits.softmax(2)
     truth = (y[...,None] == torch.arange(logits.shape[2], device=y.device)).to(logits.dtype)
     loss = -(logits.log_softmax(2)*truth).sum(2).mean(1)

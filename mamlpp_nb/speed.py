@@ -59,8 +59,8 @@ def _cannot_walk(e:Exception)->str: # in words
     reason = str(e).strip().splitlines()[0][:120]
     return f'torch.func cannot walk this network backwards ({reason}): {_by_autograd}'
 
-def _differentiated(forward:Forward, meta:MetaParameters, episodes:Episodes, **arguments)->tuple: # as of `meta_gradient`
-    "A GPU wants few large operations; random draws are those of `meta_gradient`"
+def _differentiated(forward:Forward, meta:MetaParameters, episodes:Episodes, **arguments)->tuple:
+    "As `meta_gradient`. A GPU wants few large operations; random draws are those of `meta_gradient`"
     at_once = episodes.support_x.is_cuda or getattr(forward, 'random', False)
     whole = meta_gradient if at_once else autograd_by_task
     return whole(forward, meta, episodes, **arguments)
