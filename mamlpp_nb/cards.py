@@ -77,7 +77,7 @@ def _confidences(asked:abc.Sequence[Answers], temperature:float)->tuple[Tensor,T
 # %% ../nbs/a3_model_cards.ipynb #a300000d
 false_alarms = .01, .05, .1, .2 # shares for which thresholds are kept
 
-def _alike(n_tasks:int, way:int)->int: # so many tasks of `way` classes have as many classes as n_tasks of five
+def _as_many(n_tasks:int, way:int)->int: # so many tasks of `way` classes have as many classes as n_tasks of five
     return max(10, round(5*n_tasks/way))
 
 def calibrate(
@@ -91,7 +91,7 @@ def calibrate(
     rows = []
     for way in (w for w in ways if w <= len(data)):
         for shot in shots:
-            asked = ask(model, data, way, shot, _alike(n_tasks, way))
+            asked = ask(model, data, way, shot, _as_many(n_tasks, way))
             temperature = fit_temperature(asked)
             bounds = np.quantile(_confidences(asked, temperature)[0].numpy(), false_alarms)
             rows.append({'way': way, 'shot': shot, 'temperature': round(temperature, 4),
@@ -128,7 +128,7 @@ def grade_sizes(
     sure, rows = read_pretrained(model).calibration, []
     for way in ways:
         for shot in shots:
-            asked = ask(model, data, way, shot, _alike(n_tasks, way))
+            asked = ask(model, data, way, shot, _as_many(n_tasks, way))
             rows.append({'way': way, 'shot': shot, **_grade(asked, nearest_calibration(sure, way, shot))})
     return rows
 

@@ -490,7 +490,7 @@ def _pictures_in(place:Path, say:Say)->list[PictureFile]: # at any depth, or the
     _say_left_out(skipped, say)
     return files
 
-def _named(classes:list, probabilities:abc.Iterable[np.ndarray], bound:float)->list: # bound: on the confidence
+def _called(classes:list, probabilities:abc.Iterable[np.ndarray], bound:float)->list: # bound: on the confidence
     return [classes[p.argmax()] if p.max() >= bound else nobody for p in probabilities]
 
 def _name_folder(place:Path, classifier:FewShotClassifier, bound:float, say:Say)->list[NamedImage]:
@@ -499,7 +499,7 @@ def _name_folder(place:Path, classifier:FewShotClassifier, bound:float, say:Say)
     by_name = {str(c): c for c in classifier.classes_.tolist()}
     def label(folders): return next((by_name[f] for f in folders.split('/') if f in by_name), None)
     found = classifier.predict_proba([image for *_,image in unknown])
-    said = _named(classifier.classes_.tolist(), found, bound)
+    said = _called(classifier.classes_.tolist(), found, bound)
     return [NamedImage(path, c, p, label(name)) for (name,path,_),c,p in zip(unknown, said, found)]
 
 def _name_support(
@@ -509,7 +509,7 @@ def _name_support(
     if len(labels) == len(classes):
         raise ValueError('one image of each class leaves none to name; give a folder with --predict')
     tested = sorted(_left_out(classifier, labels, images), key=lambda t: paths[t[0]])
-    said = _named(classes, [p for _,p in tested], bound)
+    said = _called(classes, [p for _,p in tested], bound)
     rows = [NamedImage(paths[i], name, p, labels[i]) for name,(i,p) in zip(said, tested)]
     right = sum(not r.wrong for r in rows)
     say(f'{right} of {len(rows)} images right, each named by a classifier that had not seen it')

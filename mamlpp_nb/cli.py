@@ -237,11 +237,11 @@ def _found_runs(folder:str)->list[dict]: # at any depth; what can't be read is l
     found, foreign = [], (AttributeError, IndexError, KeyError, TypeError, UnicodeDecodeError)
     for path in sorted(Path(folder).rglob('config.json')):
         try: found.append(_progress(read_run(path.parent)))
-        except foreign as e: _say_left_out(f'{path.parent} is not as a run is kept ({type(e).__name__}: {e})')
-        except (ValueError, OSError) as e: _say_left_out(str(e))
+        except foreign as e: _tell_left_out(f'{path.parent} is not as a run is kept ({type(e).__name__}: {e})')
+        except (ValueError, OSError) as e: _tell_left_out(str(e))
     return found
 
-def _say_left_out(why:str)->None: print(f'left out: {why}', file=sys.stderr)
+def _tell_left_out(why:str)->None: print(f'left out: {why}', file=sys.stderr)
 
 def _said_progress(r:dict)->list[str]: # from `_progress`, a cell each
     config, test = r['config'], r['test'] or {}
