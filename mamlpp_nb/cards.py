@@ -215,6 +215,7 @@ def _accuracies(test:dict)->list[str]: # rows of a table
     single = {norm: pair['single'] for norm,pair in test['norms'].items()}
     return [f"| {norm} | {100*s['accuracy'][-1]:.2f} ± {100*s['ci95'][-1]:.2f} |" for norm,s in single.items()]
 
+# %% ../nbs/a3_model_cards.ipynb #a3000031
 def _said_sizes(sizes:abc.Sequence[dict])->list[str]:
     if not sizes: return []
     return ['By numbers of classes and pictures, statistics `support`, in %, 95 % interval over tasks: right answers; '

@@ -186,14 +186,21 @@ class FewShotClassifier:
         return self
     def __repr__(self):
         return f"{self.__class__.__name__}({', '.join(f'{k}={v!r}' for k,v in self.get_params().items())})"
-    def __getstate__(self): # pickled without the modules, which are made when they are asked for
-        return {**vars(self), **({'modules_': {}} if hasattr(self, 'modules_') else {})}
-    def __sklearn_is_fitted__(self): return hasattr(self, 'steps_')
-    def __sklearn_tags__(self): # only scikit-learn asks
-        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
-        inputs, target = InputTags(two_d_array=False, three_d_array=True), TargetTags(required=True)
-        return Tags(estimator_type='classifier', target_tags=target, input_tags=inputs,
-                    classifier_tags=ClassifierTags())
+
+# %% ../nbs/18_your_images.ipynb #ca11b021
+@patch
+def __getstate__(self:FewShotClassifier): # pickled without the modules, which are made when they are asked for
+    return {**vars(self), **({'modules_': {}} if hasattr(self, 'modules_') else {})}
+
+@patch
+def __sklearn_is_fitted__(self:FewShotClassifier): return hasattr(self, 'steps_')
+
+@patch
+def __sklearn_tags__(self:FewShotClassifier): # only scikit-learn asks
+    from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+    inputs, target = InputTags(two_d_array=False, three_d_array=True), TargetTags(required=True)
+    return Tags(estimator_type='classifier', target_tags=target, input_tags=inputs,
+                classifier_tags=ClassifierTags())
 
 # %% ../nbs/18_your_images.ipynb #a5e64075
 _label_kinds = {'strings': str, 'bytes': bytes, 'truth values': (bool, np.bool_), 'integers': numbers.Integral}

@@ -8,6 +8,7 @@ __all__ = ['Weights', 'Conv4', 'counted_operations', 'is_norm', 'resting', 'Task
 # %% ../nbs/01_network.ipynb #00000003
 import collections.abc as abc, contextlib, re
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -118,24 +119,26 @@ class TaskBatched:
             self.one_by_one = True
             return found
 
-    def _failing_layer(self, weights:Weights, x:Tensor)->str: # the innermost layer that vmap entered and never left
-        inside, hooks = [], []
-        for name,m in self.net.named_modules():
-            def enter(m, _, name=name): inside.append(f'layer {name or "the network itself"!r} ({type(m).__name__})')
-            hooks.append(m.register_forward_pre_hook(enter))
-            hooks.append(m.register_forward_hook(lambda *_: inside.pop() and None))
-        try: self._batched(weights, x)
-        except (NotImplementedError, RuntimeError): pass
-        finally:
-            for h in hooks: h.remove()
-        return inside[-1] if inside else 'this network'
-
     def __call__(self,
         weights:Weights, # (tasks, *shape) each
         x:Tensor, # (tasks, images, channels, height, width)
     )->Tensor: # (tasks, images, outputs)
         with _plain_attention(), contextlib.nullcontext() if self.random else resting(self.net):
             return self._all_tasks(weights, x)
+
+# %% ../nbs/01_network.ipynb #174329dd
+@patch
+def _failing_layer(self:TaskBatched, weights:Weights, x:Tensor)->str: # the innermost layer that vmap entered and never left
+    inside, hooks = [], []
+    for name,m in self.net.named_modules():
+        def enter(m, _, name=name): inside.append(f'layer {name or "the network itself"!r} ({type(m).__name__})')
+        hooks.append(m.register_forward_pre_hook(enter))
+        hooks.append(m.register_forward_hook(lambda *_: inside.pop() and None))
+    try: self._batched(weights, x)
+    except (NotImplementedError, RuntimeError): pass
+    finally:
+        for h in hooks: h.remove()
+    return inside[-1] if inside else 'this network'
 
 # %% ../nbs/01_network.ipynb #a1b0c002
 def task_batched(

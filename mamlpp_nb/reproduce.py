@@ -117,6 +117,7 @@ _rest = [*_ablation, 'meta-sgd']
 _controls = {f'5w1s-mamlpp-{part}-only': Row(configure('omniglot-5w1s', method=f'mamlpp_nb.reproduce:mamlpp_{part}',
                                                        **_small)) for part in ('head','body')}
 
+# %% ../nbs/19_reproduce.ipynb #8c1d0a11
 tables = {
     'omniglot': _rows('omniglot-20w1s', _ablation)
                 | _rows('omniglot-20w5s', _both)
