@@ -128,7 +128,7 @@ class TaskBatched:
 
 # %% ../nbs/01_network.ipynb #174329dd
 @patch
-def _failing_layer(self:TaskBatched, weights:Weights, x:Tensor)->str: # the innermost layer that vmap entered and never left
+def _failing_layer(self:TaskBatched, weights:Weights, x:Tensor)->str: # the innermost that vmap entered and never left
     inside, hooks = [], []
     for name,m in self.net.named_modules():
         def enter(m, _, name=name): inside.append(f'layer {name or "the network itself"!r} ({type(m).__name__})')
