@@ -111,6 +111,8 @@ ways = {'naive': Way(_naive),                                  # a loop over tas
         'torchopt': Way(_torchopt),                            # a peer's MAML, where it is installed
         'three seeds': Way(_fast, 3),                          # one more batch axis
         'captured': Way(_fast, 1, 10, True),                   # replayed on a GPU
+        'written out captured': Way(lambda net: fast_gradient(net), 1, 10, True),
+        'three seeds written out captured': Way(lambda net: fast_gradient(net), 3, 10, True),
         'three seeds captured': Way(_fast, 3, 10, True)}
 
 # %% ../nbs/a1_benchmark.ipynb #a1e0e001

@@ -107,6 +107,7 @@ def _commit()->str: # of the checkout this package is in; '+' if it has been cha
     def git(*words):
         command = ['git', '-C', str(Path(mamlpp_nb.__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if known := os.environ.get('MAMLPP_COMMIT'): return known # a copy without the history
     try: return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '--', '.') else '')
     except (OSError, subprocess.CalledProcessError): return f'release {mamlpp_nb.__version__}'
 
