@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
+from . import gpu
 from .machine import side_by_side
 from .progress import tell_once
 from .files import cache_folder
@@ -41,6 +42,7 @@ def _stacked(tensors:list[Tensor])->Tensor: # keeps the layout of the only one
 
 def _convolve(x:Tensor, w:Tensor, stride:int)->Tensor: # (tasks, images, height, width, channels) -> the same
     "A 3x3 convolution with kernels of each task's own, w (tasks, out, channels, 3, 3)"
+    if gpu.ready_for(x): return gpu.convolve([(x, w)], stride)
     if x.is_cuda: # one batched matrix product for all tasks
         c = _columns(x, stride)
         return (c.flatten(1,3) @ w.flatten(2).transpose(1,2)).view(*c.shape[:4], -1)
@@ -49,6 +51,7 @@ def _convolve(x:Tensor, w:Tensor, stride:int)->Tensor: # (tasks, images, height,
 
 def _convolve_back(g:Tensor, x:Tensor, w:Tensor, stride:int)->tuple[Tensor,Tensor]: # by x, by w
     "Derivatives of the sum of g·convolve(x, w)"
+    if gpu.ready_for(x): return gpu.convolve_back([(g, x, w)], stride)
     if x.is_cuda:
         flat = g.flatten(1,3)
         by_x = _from_columns((flat @ w.flatten(2)).view(*g.shape[:4], -1, 9), x.shape[2:4], stride)
@@ -74,8 +77,9 @@ def _places(z:Tensor, window:abc.Sequence[int])->list[Tensor]: # (tasks, images,
     return [z[:,:,i:h*k:k,j:w*l:l] for i in range(k) for j in range(l)]
 
 def _largest(z:Tensor, window:abc.Sequence[int])->tuple[Tensor,Tensor]: # z (tasks, images, height, width, channels)
-    "The largest of each window, and where it stood: an index, or compiled the number of its place"
+    "The largest of each window, and where it stood: an index, or compiled and on a GPU the number of its place"
     if torch.compiler.is_compiling(): return _won(_places(z, window))
+    if gpu.ready_for(z): return gpu.largest(z, window[0])
     found = F.max_pool2d(_flat(z), window, return_indices=True)
     return tuple(t.permute(0,2,3,1).unflatten(0, z.shape[:2]) for t in found)
 
@@ -91,6 +95,7 @@ def _won(places:list[Tensor])->tuple[Tensor,Tensor]: # value, place
 def _at_winners(z:Tensor, at:Tensor, window:abc.Sequence[int])->Tensor: # as `at`
     "What stands in z where the largest stood"
     if torch.compiler.is_compiling(): return _of_place(_places(z, window), at)
+    if gpu.ready_for(z): return gpu.at_winners(z, at, window[0])
     return z.flatten(2,3).gather(2, at.flatten(2,3)).view(at.shape)
 
 def _of_place(places:list[Tensor], which:Tensor)->Tensor:
@@ -135,6 +140,7 @@ def _put_together(parts:abc.Sequence[Tensor], c:Tensor)->Tensor: # (tasks, image
 # %% ../nbs/10_passes.ipynb #3aecd7f6
 def _first_largest(c:Tensor, w:Tensor)->tuple[Tensor,Tensor]:
     "The first convolution's largest output of each window, and where it stood"
+    if gpu.ready_for(c): return gpu.first_largest(c, w)
     found = [_largest(_outputs(c[:,cut], w), (c.shape[2],1)) for cut in _cuts(c, w.shape[2])]
     return tuple(_put_together(parts, c) for parts in zip(*found))
 
@@ -142,6 +148,7 @@ def _places_in_a_row(t:Tensor)->Tensor: return t.flatten(2,3)[:,:,None] # (tasks
 
 def _first_chosen(c:Tensor, w:Tensor, at:Tensor)->Tensor:
     "What the first convolution has there"
+    if gpu.ready_for(c): return gpu.first_chosen(c, w, at)
     rows = _places_in_a_row(at)
     found = [_at_winners(_outputs(c[:,cut], w), rows[:,cut], (c.shape[2],1)) for cut in _cuts(c, w.shape[2])]
     return _put_together(found, c)
@@ -149,6 +156,7 @@ def _first_chosen(c:Tensor, w:Tensor, at:Tensor)->Tensor:
 # %% ../nbs/10_passes.ipynb #a1e0c005
 def _taps(y:Tensor, at:Tensor, c:Tensor)->Tensor: # (tasks, taps, out)
     "The sum over places of spread(y)·c"
+    if gpu.ready_for(c): return gpu.taps(y, at, c)
     y, at = _places_in_a_row(y), _places_in_a_row(at)
     def product(cut):
         some = c[:,cut]
@@ -226,6 +234,13 @@ def _over_taps(t:Tensor)->Tensor: # (tasks, channels)
 def _to_places(dy:Tensor, b:_Block, k:int)->Tensor: # a new tensor, as z
     return _spread(dy, b.at, b.z, (k,k)) if k > 1 else dy
 
+def _norm_back(dy:Tensor, scale:Tensor, b:_Block, k:int, shift:Tensor, *terms)->Tensor: # a new tensor, as z
+    "Batch norm's way back: dy·scale at the winners' places, less the shift, and tensors like z times their factors"
+    if gpu.ready_for(dy): return gpu.spread(dy, scale, b.at, k, shift, terms)
+    dz = _to_places(dy*_beside(scale), b, k).sub_(_beside(shift))
+    for t,factor in terms: dz.addcmul_(t, _beside(factor))
+    return dz
+
 def _n_places(b:_Block)->int: return b.q.shape[1]*b.size[0]*b.size[1] # of a channel, in all images of a task
 
 def _cross_entropy(logits:Tensor, y:Tensor)->tuple[Tensor,Tensor,Tensor]:
@@ -250,8 +265,7 @@ def _conv4_gradient(w, gamma, beta, head, bias, c, cov, size, y, k, stride):
         dgamma[i] = (dys[i]*b.q).sum((1,2,3))
         scale = gamma[i]*b.r
         if i:
-            dz = _to_places(dys[i]*_beside(scale), b, k)
-            dzs[i] = dz.addcmul_(b.z, _beside(scale*b.r*dgamma[i]/-m)).sub_(_beside(scale*dbeta[i]/m))
+            dzs[i] = _norm_back(dys[i], scale, b, k, scale*dbeta[i]/m, (b.z, scale*b.r*dgamma[i]/-m))
             dx, dw[i] = _convolve_back(dzs[i], F.leaky_relu(blocks[i-1].a, _slope), w[i], stride)
         else:
             by_gamma = _over_taps(b.r*dgamma[0])*(cov @ w[0])
@@ -267,6 +281,11 @@ class _Moved(NamedTuple): # what v changes in a block
     s:Tensor
     qt:Tensor
 
+def _convolve_along(x:Tensor, xt:Tensor, w:Tensor, v:Tensor, stride:int)->Tensor:
+    "What a convolution changes by: the product rule"
+    if gpu.ready_for(x): return gpu.convolve([(xt, w), (x, v)], stride)
+    return _convolve(xt, w, stride).add_(_convolve(x, v, stride))
+
 def _conv4_along(w, gamma, c, cov, blocks, v, k, stride):
     "The features' derivative along v, and what moves in each block"
     moved, x, xt, zt = [], None, None, None
@@ -275,7 +294,7 @@ def _conv4_along(w, gamma, c, cov, blocks, v, k, stride):
             s = b.r*(v[0]*(cov @ w[0])).sum(1)
             best = _first_chosen(c, v[0], b.at)
         else:
-            zt = _convolve(xt, w[i], stride).add_(_convolve(x, v[i], stride))
+            zt = _convolve_along(x, xt, w[i], v[i], stride)
             zt.sub_(_beside(zt.mean((1,2,3))))
             s = b.r*(b.z*zt).mean((1,2,3))
             best = _at_winners(zt, b.at, (k,k)) if k > 1 else zt
@@ -290,13 +309,13 @@ def _norm_along(b:_Block, moved:_Moved, dyt:Tensor, dz:Tensor, scale:Tensor, sum
     "What batch norm's derivative dz changes by, the equation on the left differentiated"
     dgamma, dgammat, dbetat = sums
     m = _n_places(b)
-    dzt = _to_places(dyt*_beside(scale), b, k)
-    dzt.sub_(_beside(scale*dbetat/m)).addcmul_(moved.zt, _beside(scale*b.r*dgamma/-m))
-    by_z = _beside(scale*b.r*(b.r*moved.s*dgamma - dgammat)/m)
-    return dzt.addcmul_(b.z, by_z).addcmul_(dz, _beside(-b.r*moved.s))
+    by_z = scale*b.r*(b.r*moved.s*dgamma - dgammat)/m
+    terms = (moved.zt, scale*b.r*dgamma/-m), (b.z, by_z), (dz, -b.r*moved.s)
+    return _norm_back(dyt, scale, b, k, scale*dbetat/m, *terms)
 
 def _convolve_back_along(gt, g, x, xt, w, v, stride:int)->tuple[Tensor,Tensor]: # by x, by w
     "What the derivatives of a convolution change by: the product rule"
+    if gpu.ready_for(x): return gpu.convolve_back([(gt, x, w), (g, xt, v)], stride)
     by_x, by_w = _convolve_back(gt, x, w, stride)
     more, by_v = _convolve_back(g, xt, v, stride)
     return by_x + more, by_w + by_v

@@ -97,7 +97,7 @@ def worth_compiling(
     device:str='cpu', # where
 )->bool: # the same answer whenever it is asked, on machines of a kind
     "Is a run long enough to pay for a compiler?"
-    wide = device != 'cpu' or torch.backends.cpu.get_cpu_capability() == 'AVX512'
+    wide = device == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX512'
     return wide and n_operations > 1e14
 
 # %% ../nbs/11_speed.ipynb #5f8cb99e
