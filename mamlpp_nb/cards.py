@@ -216,6 +216,9 @@ def _accuracies(test:dict)->list[str]: # rows of a table
     return [f"| {norm} | {100*s['accuracy'][-1]:.2f} ± {100*s['ci95'][-1]:.2f} |" for norm,s in single.items()]
 
 # %% ../nbs/a3_model_cards.ipynb #a3000031
+_sizes = {**dict.fromkeys(('small','photos'), 'a **reduced size**, for CPU'), # by how a table's name ends
+          **dict.fromkeys(('tenth','best'), 'the published network and tasks, with **a tenth of the outer steps**')}
+
 def _said_sizes(sizes:abc.Sequence[dict])->list[str]:
     if not sizes: return []
     return ['By numbers of classes and pictures, statistics `support`, in %, 95 % interval over tasks: right answers; '
@@ -230,9 +233,8 @@ def model_card(
 )->str: # Markdown
     "What a user of the weights should know"
     c, test, start = record['config'], record['test'], record['starts'][-1]
-    head, size = 'head rows by label, as published', 'full size'
+    head, size = 'head rows by label, as published', _sizes.get(record['table'].rpartition('-')[2], 'full size')
     if c['shared_head']: head = 'every class begins from one shared row of the head'
-    if record['table'].endswith(('small','photos')): size = 'a **reduced size**, for CPU'
     file = f"nbs/results/tables/{record['table']}/{record['row']}-seed{record['seed']}.json"
     return '\n'.join([
         f'# {name}', '', _trained_by(c, size), '',
