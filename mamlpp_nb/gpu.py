@@ -28,7 +28,7 @@ def _precision()->str: # three products in TF32 are as exact as one in float32
 
 def _width(n:int)->int: return max(16, 1 << (n-1).bit_length()) # of a tile: a power of two
 
-def _cut(n:int, size:int)->int: return (n+size-1)//size
+def _ceil(n:int, size:int)->int: return (n+size-1)//size
 
 # %% ../nbs/a4_gpu.ipynb #a4b00011
 @jit
@@ -46,8 +46,9 @@ def _source(r, tap, H, W, h, w, STRIDE:tl.constexpr, BACK:tl.constexpr): # r: im
 
 # %% ../nbs/a4_gpu.ipynb #a4b00012
 @jit
-def _convolve(x, k, x2, k2, out, N, H, W, h, w, C, O, STRIDE:tl.constexpr, BACK:tl.constexpr, TWO:tl.constexpr,
-              ROWS:tl.constexpr, DEPTH:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+def _convolve_tile(x, k, x2, k2, out, N, H, W, h, w, C, O, STRIDE:tl.constexpr, BACK:tl.constexpr,
+                   TWO:tl.constexpr, ROWS:tl.constexpr, DEPTH:tl.constexpr, WIDE:tl.constexpr,
+                   PRECISION:tl.constexpr):
     "out = x∗k, or x∗k + x2∗k2: a task's tile of places, all channels out"
     t, n_rows = tl.program_id(1).to(tl.int64), N*h*w
     r, o = tl.program_id(0)*ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
@@ -103,7 +104,7 @@ def _convolved(pairs, size, stride, back): # kernels (tasks, taps, channels, out
     x, k, x2, k2 = _twice(pairs)
     (T, N, H, W, C), O, rows = x.shape, k.shape[-1], 128
     out, two = x.new_empty(T, N, *size, O), len(pairs) > 1
-    _convolve[_cut(N*size[0]*size[1], rows), T](
+    _convolve_tile[_ceil(N*size[0]*size[1], rows), T](
         x, k, x2, k2, out, N, H, W, *size, C, O, STRIDE=stride, BACK=back, TWO=two, ROWS=rows, DEPTH=32,
         WIDE=_width(O), PRECISION=_precision(), num_warps=8 if two else 4, num_stages=2 if two else 3)
     return out
@@ -122,8 +123,8 @@ def _summed_by_kernel(pairs, stride): # images and gradients
     x, g, x2, g2 = _twice(pairs)
     (T, N, H, W, C), (h, w, O), rows = x.shape, g.shape[2:], 32
     most = max(1, min(1024//(9*T), N*h*w//(4*rows))) # a GPU wants many programs; their sums are added in one order
-    n = _cut(_cut(N*h*w, most), rows)*rows
-    out = x.new_empty(_cut(N*h*w, n), T, 9, C, O)
+    n = _ceil(_ceil(N*h*w, most), rows)*rows
+    out = x.new_empty(_ceil(N*h*w, n), T, 9, C, O)
     _by_kernel[9, T, len(out)](
         x, g, x2, g2, out, T, N, H, W, h, w, C, O, n, STRIDE=stride, TWO=len(pairs) > 1, ROWS=rows,
         DEPTH=_width(C), WIDE=_width(O), PRECISION=_precision(), num_warps=4, num_stages=3)
@@ -151,7 +152,7 @@ def _pooled(z, which, k, chosen):
     T, N, H, W, C = z.shape
     out = z.new_empty(T, N, H//k, W//k, C)
     which = which if chosen else out.new_empty(out.shape, dtype=torch.uint8)
-    _pool[(_cut(out.numel(), 1024),)](z.contiguous(), out, which, out.numel(), H, W, H//k, W//k, C, K=k,
+    _pool[(_ceil(out.numel(), 1024),)](z.contiguous(), out, which, out.numel(), H, W, H//k, W//k, C, K=k,
                                       CHOSEN=chosen, SIZE=1024)
     return out, which
 
@@ -201,7 +202,7 @@ def spread(
     T, N, H, W, C = like.shape
     some = [t.contiguous() for term in terms for t in term]
     out, rest = torch.empty_like(some[0]), [y]*(6-len(some))
-    _unpool[(_cut(out.numel(), 1024),)](
+    _unpool[(_ceil(out.numel(), 1024),)](
         y.contiguous(), y if which is None else which, scale.contiguous(), shift.contiguous(), *some, *rest, out,
         out.numel(), N, H, W, *y.shape[2:4], C, K=k, TERMS=len(terms), SIZE=1024)
     return out
@@ -235,7 +236,7 @@ def _of_first(c, w, which, chosen):
     (T, N, P, h, width, taps), O, rows = c.shape, w.shape[-1], 64
     out = c.new_empty(T, N, h, width, O)
     which = which if chosen else out.new_empty(out.shape, dtype=torch.uint8)
-    _first[_cut(N*h*width, rows), T](c.contiguous(), w.contiguous(), out, which, N, P, h*width, taps, O, CHOSEN=chosen,
+    _first[_ceil(N*h*width, rows), T](c.contiguous(), w.contiguous(), out, which, N, P, h*width, taps, O, CHOSEN=chosen,
                                      ROWS=rows, DEPTH=_width(taps), WIDE=_width(O), num_warps=4)
     return out, which
 
@@ -256,8 +257,8 @@ def first_chosen(
 
 # %% ../nbs/a4_gpu.ipynb #a4b00019
 @jit
-def _taps(y, which, c, out, T, N, P:tl.constexpr, area, TAPS, O, n, ROWS:tl.constexpr, DEPTH:tl.constexpr,
-          WIDE:tl.constexpr):
+def _taps_sum(y, which, c, out, T, N, P:tl.constexpr, area, TAPS, O, n, ROWS:tl.constexpr, DEPTH:tl.constexpr,
+              WIDE:tl.constexpr):
     "out = the winners' columns times y, summed over n places of a task"
     t, part, n_rows = tl.program_id(0).to(tl.int64), tl.program_id(1), N*area
     taps, o = tl.arange(0, DEPTH), tl.arange(0, WIDE)
@@ -280,8 +281,8 @@ def taps(
 )->Tensor: # (tasks, taps, out)
     "The first kernel's gradient: the winners' columns times y, summed over places"
     (T, N, P, h, w, n_taps), O, rows = c.shape, y.shape[-1], 32
-    n = _cut(_cut(N*h*w, max(1, min(512//T, N*h*w//(4*rows)))), rows)*rows
-    out = c.new_empty(_cut(N*h*w, n), T, n_taps, O)
-    _taps[T, len(out)](y.contiguous(), which, c.contiguous(), out, T, N, P, h*w, n_taps, O, n, ROWS=rows,
-                       DEPTH=_width(n_taps), WIDE=_width(O), num_warps=4)
+    n = _ceil(_ceil(N*h*w, max(1, min(512//T, N*h*w//(4*rows)))), rows)*rows
+    out = c.new_empty(_ceil(N*h*w, n), T, n_taps, O)
+    _taps_sum[T, len(out)](y.contiguous(), which, c.contiguous(), out, T, N, P, h*w, n_taps, O, n, ROWS=rows,
+                           DEPTH=_width(n_taps), WIDE=_width(O), num_warps=4)
     return out.sum(0)

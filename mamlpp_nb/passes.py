@@ -281,6 +281,7 @@ class _Moved(NamedTuple): # what v changes in a block
     s:Tensor
     qt:Tensor
 
+# %% ../nbs/10_passes.ipynb #ee919dc4
 def _convolve_along(x:Tensor, xt:Tensor, w:Tensor, v:Tensor, stride:int)->Tensor:
     "What a convolution changes by: the product rule"
     if gpu.ready_for(x): return gpu.convolve([(xt, w), (x, v)], stride)

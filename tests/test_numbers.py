@@ -116,6 +116,7 @@ claims = {
     '21_mini_imagenet': {'600 outer steps': lambda: outer_steps(first_config('mini-imagenet-small'))},
     'a6_drawing': {'five drawings': lambda: f'{in_words(len(recorded) - 1)} drawings'}, # the last is what is asked
     'README': {"50,000 outer steps": lambda: outer_steps(configure('omniglot-20w1s')),
+               '20-way 1-shot Omniglot, 5,000 outer steps': lambda: f"20-way 1-shot Omniglot, {outer_steps(first_config('omniglot-20w1s-tenth'))}",
                '32 filters, 4 tasks per outer step, 2,000 outer steps': lambda: of_small(first_config('omniglot-small')),
                'mean over 20 outer steps': lambda: f"mean over {inspect.signature(running_mean).parameters['window'].default} outer steps",
                '200 test tasks': lambda: f"{configure('quickstart').test_tasks} test tasks",
