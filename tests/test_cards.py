@@ -28,7 +28,7 @@ def test_the_calibration_of_the_packaged_model_covers_what_its_card_grades():
     assert {(r['way'], r['shot']) for r in rows} == {(w, s) for w in (2, 5, 10, 20) for s in (1, 5, 10)}
     for r in rows:
         bounds = [r['thresholds'][k] for k in sorted(r['thresholds'], key=float)]
-        assert .1 < r['temperature'] < 10 and 0 < bounds[0] and bounds == sorted(bounds) and bounds[-1] <= 1
+        assert .1 < r['temperature'] < 100 and 0 < bounds[0] and bounds == sorted(bounds) and bounds[-1] <= 1
 
 
 def test_strangers_are_of_a_class_that_was_not_taught(drawn):

@@ -101,7 +101,7 @@ def test_one_by_one_and_in_a_batch_agree_where_that_is_promised(task):
 
 def test_rows_of_a_head_that_was_trained_with_a_row_for_each_class():
     meta = read_pretrained('omniglot').meta
-    rows = meta.start['head.weight'] + torch.arange(5.)[:, None]
+    rows = meta.start['head.weight'][:1] + torch.arange(5.)[:, None]
     apart = meta._replace(start={**meta.start, 'head.weight': rows, 'head.bias': torch.arange(5.)})
     assert torch.equal(head_for(apart, 3).start['head.weight'], rows[:3]) and torch.equal(head_for(apart, 5).start['head.weight'], rows)
     more = head_for(apart, 400).start
