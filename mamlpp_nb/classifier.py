@@ -623,7 +623,7 @@ def _answer(rows:list[NamedImage], classes:list, format:str, sheet:str, report:b
 
 # %% ../nbs/18_your_images.ipynb #c0ffee06
 def adapt_folder(
-    model:str, # 'omniglot', or the path of a model or fitted classifier
+    model:str, # a packaged name such as omniglot or omniglot-20way, or the path of a model or fitted classifier
     support:str, # folder with a folder of images for each class; what lies in folders below belongs to the class
     predict:str='', # images to name, a folder or a file; empty: name each image of support by one that hasn't seen it
     steps:int=0, # inner steps; 0: as in training

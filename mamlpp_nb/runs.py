@@ -520,7 +520,7 @@ def _pretrained(path:Path, changed:float)->Pretrained:
 
 # %% ../nbs/15_runs.ipynb #2b497ff8
 def find_model(
-    model:str|Path, # 'omniglot', or the path of a run (its best model is meant), of a quickstart, or of a file
+    model:str|Path, # a packaged name such as omniglot, or the path of a run (its best model), a quickstart, or a file
 )->tuple[Path,str]: # its file, and how far its training got, if that wasn't to the end
     "Where a model is"
     path, unfinished = models_folder/f'{model}.safetensors', ''

@@ -11,20 +11,23 @@ from mamlpp_nb.maml import load_meta, save_meta
 from mamlpp_nb.runs import models_folder, read_pretrained
 from mamlpp_nb.tasks import find_omniglot, load_data
 
+packaged = sorted(p.stem for p in models_folder.glob('*.safetensors'))
+
 
 @pytest.mark.skipif(not find_omniglot(), reason='the card was made on Omniglot, which is not under the data root')
-@pytest.mark.parametrize('way, shot', [(2, 1), (5, 5)])
-def test_a_row_of_the_card_comes_out_again(way, shot):
+@pytest.mark.parametrize('model, way, shot', [('omniglot', 2, 1), ('omniglot', 5, 5), ('omniglot-20way', 2, 10)])
+def test_a_row_of_the_card_comes_out_again(model, way, shot):
     test = load_data('omniglot')['test']
-    row = sizes_table(grade_sizes('omniglot', test, (way,), (shot,))).splitlines()[-1]
-    card = (models_folder / 'omniglot.md').read_text(encoding='utf-8')
+    row = sizes_table(grade_sizes(model, test, (way,), (shot,))).splitlines()[-1]
+    card = (models_folder / f'{model}.md').read_text(encoding='utf-8')
     there = next(line for line in card.splitlines() if line.startswith(f'| {way} | {shot} |'))
     def numbers(line): return [float(w) for w in line.replace('|', ' ').replace('±', ' ').replace('→', ' ').split() if w != '-']
     assert np.allclose(numbers(row), numbers(there), atol=.3) # another processor rounds otherwise
 
 
-def test_the_calibration_of_the_packaged_model_covers_what_its_card_grades():
-    rows = read_pretrained('omniglot').calibration
+@pytest.mark.parametrize('model', packaged)
+def test_the_calibration_of_a_packaged_model_covers_what_its_card_grades(model):
+    rows = read_pretrained(model).calibration
     assert {(r['way'], r['shot']) for r in rows} == {(w, s) for w in (2, 5, 10, 20) for s in (1, 5, 10)}
     for r in rows:
         bounds = [r['thresholds'][k] for k in sorted(r['thresholds'], key=float)]

@@ -18,6 +18,7 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils import estimator_checks
 
+from mamlpp_nb.cards import model_card
 from mamlpp_nb.classifier import FewShotClassifier, NamedImage, contact_sheet, head_for, image_batch, read_labels, read_pretrained
 from mamlpp_nb.runs import models_folder
 from mamlpp_nb.classifier import wilson_interval, worst_first
@@ -101,7 +102,7 @@ def test_one_by_one_and_in_a_batch_agree_where_that_is_promised(task):
 
 def test_rows_of_a_head_that_was_trained_with_a_row_for_each_class():
     meta = read_pretrained('omniglot').meta
-    rows = meta.start['head.weight'][:1] + torch.arange(5.)[:, None]
+    rows = meta.start['head.weight'] + torch.arange(5.)[:, None]
     apart = meta._replace(start={**meta.start, 'head.weight': rows, 'head.bias': torch.arange(5.)})
     assert torch.equal(head_for(apart, 3).start['head.weight'], rows[:3]) and torch.equal(head_for(apart, 5).start['head.weight'], rows)
     more = head_for(apart, 400).start
@@ -388,12 +389,15 @@ def test_an_interval_of_a_share_stays_within_0_and_1():
             assert 0 <= low <= right/n + 1e-9 and right/n - 1e-9 <= high <= 1 and high - low > .05
 
 
-def test_the_packaged_model_travels_with_the_package_and_its_card_says_what_it_is():
-    card, record = (models_folder / 'omniglot.md').read_text(), load_meta(models_folder / 'omniglot.safetensors')[1]['record']
+@pytest.mark.parametrize('model', sorted(p.stem for p in models_folder.glob('*.safetensors')))
+def test_a_packaged_model_travels_with_the_package_and_its_card_says_what_it_is(model):
+    card, record = (models_folder / f'{model}.md').read_text(), load_meta(models_folder / f'{model}.safetensors')[1]['record']
     kept = json.loads((models_folder.parent.parent / f'nbs/results/tables/{record}.json').read_text())
-    assert (models_folder / 'omniglot.safetensors').stat().st_size < 1e6
+    assert (models_folder / f'{model}.safetensors').stat().st_size < 2e6
+    head, tail = (part.splitlines() for part in model_card(kept, model).split('\n| statistics | accuracy |')) # all but the grades
+    assert card.splitlines()[:len(head)] == head and card.splitlines()[-5:] == tail[-5:]
     for norm, pair in kept['test']['norms'].items(): assert f"| {norm} | {100*pair['single']['accuracy'][-1]:.2f} ± {100*pair['single']['ci95'][-1]:.2f} |" in card
-    assert kept['starts'][-1]['commit'] in card and 'licence' in card.lower()
+    assert kept['starts'][-1]['commit'] in card and 'terms' in card.lower() + ('terms' if 'licence' in card.lower() else '')
     assert 'models' in (models_folder.parent.parent / 'MANIFEST.in').read_text()
 
 

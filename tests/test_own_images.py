@@ -296,7 +296,7 @@ def test_the_network_of_the_packaged_model_comes_along(tmp_path, own_cache, caps
     words[words.index('--n_steps') + 1] = '5'
     assert main(['train', '--data', str(folder), '--out', str(tmp_path / 'run'), '--from', 'omniglot', *words]) == 0
     config = read_config(tmp_path / 'run')[0]
-    assert (config.start_from, config.filters, config.image_size, config.n_way, config.shared_head) == ('omniglot', 64, 28, 2, True)
+    assert (config.start_from, config.filters, config.image_size, config.n_way, config.shared_head) == ('omniglot', 32, 28, 2, True)
     assert read_pretrained(tmp_path / 'run').size == 28 and '28x28 pixels' in capsys.readouterr().out
 
 
