@@ -202,9 +202,9 @@ def pack_model(
 # %% ../nbs/a3_model_cards.ipynb #a3000016
 _terms = {'omniglot': 'Omniglot (Lake, Salakhutdinov and Tenenbaum 2015), MIT licence',
           'mini-imagenet': "mini-ImageNet, ImageNet's terms: research only"}
-_made_for = {'omniglot-20way': 'Made for small drawings of characters, dark ink on light ground, and many classes, with '
-                               'every picture in its right folder: one in a wrong place, or white ink, costs it far '
-                               'more than it costs `omniglot`. Not for photographs.',
+_made_for = {'omniglot-20way': 'Made for small drawings of characters, dark ink on light ground, and many classes, '
+                               'with every picture in its right folder: one in a wrong place, or white ink, costs it '
+                               'far more than it costs `omniglot`. Not for photographs.',
              'omniglot': 'Made for small drawings of characters, dark ink on light ground; not for photographs.',
              'mini-imagenet': 'Made for photographs of things and animals, one in the middle of each; not for '
                               'faces, texts, medical pictures, or anything that a mistake would harm.'}

@@ -64,7 +64,7 @@ class Config:
     loss:str = 'cross-entropy'  # a key of `objectives`, or 'package.module:name' of yours
     optimizer:str = 'adam'      # of the outer loop: adam, or 'package.module:name' of one (tensors, learning rate)
     dropout:bool = False        # leave dropout on in the inner loop of training? Off in validation and test
-    start_from:str = ''         # model to begin from: a packaged name such as omniglot, or a path; empty: random weights
+    start_from:str = ''         # model to begin from: omniglot or another packaged name, or a path; empty: none
 
     def __post_init__(self): _check(self)
 
