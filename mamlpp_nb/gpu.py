@@ -52,7 +52,7 @@ def _convolve_tile(x, k, x2, k2, out, N, H, W, h, w, C, O, STRIDE:tl.constexpr, 
     "out = x∗k, or x∗k + x2∗k2: a task's tile of places, all channels out"
     t, n_rows = tl.program_id(1).to(tl.int64), N*h*w
     r, o = tl.program_id(0)*ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
-    total = tl.zeros((ROWS, WIDE), tl.float32)
+    total = tl.full((ROWS, WIDE), 0, tl.float32)
     for tap in range(9):
         source, inside = _source(r, tap, H, W, h, w, STRIDE, BACK)
         inside = inside & (r < n_rows)
@@ -73,7 +73,7 @@ def _by_kernel(x, g, x2, g2, out, T, N, H, W, h, w, C, O, n, STRIDE:tl.constexpr
     "out = what a tap saw, times g, summed over n places of a task"
     tap, t, part, n_rows = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2), N*h*w
     c, o = tl.arange(0, DEPTH), tl.arange(0, WIDE)
-    total = tl.zeros((DEPTH, WIDE), tl.float32)
+    total = tl.full((DEPTH, WIDE), 0, tl.float32)
     for first in range(0, n, ROWS):
         r = part*n + first + tl.arange(0, ROWS)
         source, inside = _source(r, tap, H, W, h, w, STRIDE, False)
@@ -137,7 +137,7 @@ def _pool(z, best, which, n, H, W, h, w, C, K:tl.constexpr, CHOSEN:tl.constexpr,
     i = tl.program_id(0)*SIZE + tl.arange(0, SIZE)
     c, x, y, image = i % C, i//C % w, i//(C*w) % h, i//(C*w*h)
     at = ((image*H + y*K)*W + x*K)*C + c
-    value, place = tl.load(z+at, i < n, 0.), tl.zeros((SIZE,), tl.uint8)
+    value, place = tl.load(z+at, i < n, 0.), tl.full((SIZE,), 0, tl.uint8)
     if CHOSEN: place = tl.load(which+i, i < n, 0)
     for j in range(1, K*K):
         other = tl.load(z + at + (j//K*W + j % K)*C, i < n, 0.)
@@ -217,7 +217,7 @@ def _first(c, k, best, which, N, P:tl.constexpr, area, TAPS, O, CHOSEN:tl.conste
     some = (r < n_rows)[:,None] & (o < O)[None,:]
     to = (t*n_rows + r[:,None])*O + o[None,:]
     w = tl.load(k + (t*TAPS + taps[:,None])*O + o[None,:], (taps < TAPS)[:,None] & (o < O)[None,:], 0.)
-    value, place = tl.zeros((ROWS, WIDE), tl.float32), tl.zeros((ROWS, WIDE), tl.uint8)
+    value, place = tl.full((ROWS, WIDE), 0, tl.float32), tl.full((ROWS, WIDE), 0, tl.uint8)
     if CHOSEN: place = tl.load(which+to, some, 0)
     for p in tl.static_range(P):
         row = ((t*N + r//area)*P + p)*area + r % area
@@ -262,7 +262,7 @@ def _taps_sum(y, which, c, out, T, N, P:tl.constexpr, area, TAPS, O, n, ROWS:tl.
     "out = the winners' columns times y, summed over n places of a task"
     t, part, n_rows = tl.program_id(0).to(tl.int64), tl.program_id(1), N*area
     taps, o = tl.arange(0, DEPTH), tl.arange(0, WIDE)
-    total = tl.zeros((DEPTH, WIDE), tl.float32)
+    total = tl.full((DEPTH, WIDE), 0, tl.float32)
     for first in range(0, n, ROWS):
         r = part*n + first + tl.arange(0, ROWS)
         some = (r < n_rows)[:,None] & (o < O)[None,:]
