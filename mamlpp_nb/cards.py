@@ -112,6 +112,7 @@ def _grade(asked:abc.Sequence[Answers], sure:dict)->dict: # sure: a row of `cali
     if not sure: return found
     each = [_confidences([a], sure['temperature']) for a in asked]
     found['calibrated'] = round(100*calibration_error(torch.cat([c for c,*_ in each]), right), 2)
+    if 'thresholds' not in sure: return found
     bound = sure['thresholds']['0.05']
     found['false_alarms'] = _over_tasks([(c < bound).float().mean() for c,*_ in each])
     if len(each[0][2]): found['strangers'] = _over_tasks([(s < bound).float().mean() for *_,s in each])

@@ -249,9 +249,11 @@ def nearest_calibration(
     n_classes:int, # of the task
     per_class:float, # pictures of each, on average
 )->dict: # the row for the most similar task, by ratios; {} if there are none
-    "How sure a model may be"
+    "How sure a model may be; a threshold is of no use for many more or fewer classes than it was measured with"
     def far(row): return abs(math.log(row['way']/n_classes)) + abs(math.log(row['shot']/per_class))
-    return min(rows, key=far, default={})
+    found = min(rows, key=far, default={})
+    alike = not found or 1/1.5 <= n_classes/found['way'] <= 1.5
+    return found if alike else {k: v for k,v in found.items() if k != 'thresholds'}
 
 @patch
 def _sureness(self:FewShotClassifier, model:Pretrained, n_steps:int, n_classes:int, per_class:float)->tuple[float,dict]:
@@ -362,8 +364,9 @@ def threshold(self:FewShotClassifier,
     "Where to stop believing, as measured on validation tasks; asked for what wasn't measured, it says what was"
     self._fitted()
     if not self.thresholds_ or self.step_ != self.n_steps_:
-        raise ValueError('how sure this classifier may be was not measured: that takes a calibrated model, norm '
-                         "'support', the model's own temperature and all of the trained inner steps")
+        raise ValueError('how sure this classifier may be was not measured: that takes a model calibrated with about '
+                         "as many classes, norm 'support', the model's own temperature and all of the trained inner "
+                         'steps')
     if str(float(false_alarms)) not in self.thresholds_:
         raise ValueError(f"false_alarms must be one of {', '.join(self.thresholds_)}, got {false_alarms}")
     return self.thresholds_[str(float(false_alarms))]
