@@ -86,3 +86,8 @@ def test_a_log_gets_a_line_now_and_then_and_one_of_several_processes_none(monkey
 def test_hyphens_and_underscores_are_one(words, capsys):
     assert main(['train', 'no-such-preset', *words]) == 2
     assert "no preset 'no-such-preset'" in capsys.readouterr().err
+
+
+def test_a_copy_without_its_history_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv('MAMLPP_COMMIT', '0123456789ab')
+    assert provenance('cpu')['commit'] == '0123456789ab'
