@@ -311,10 +311,11 @@ def scaling(
         rows += [{**row, **size} for row in measured]
     return rows
 
-# %% ../nbs/a1_benchmark.ipynb #8c1d0c02
+# %% ../nbs/a1_benchmark.ipynb #8c1d0c04
 usual_ways = {'cpu': 'naive,written out',
               'cuda': 'naive,written out,written out captured,three seeds written out captured'}
 
+# %% ../nbs/a1_benchmark.ipynb #8c1d0c02
 def bench(
     # omniglot-20w1s or mini-imagenet-5w1s (MAML++, every step graded), or with a method, as in omniglot-20w1s-maml;
     # all: these three

@@ -232,6 +232,7 @@ def _first(c, k, best, which, N, P:tl.constexpr, area, TAPS, O, CHOSEN:tl.conste
     tl.store(best+to, value, some)
     if not CHOSEN: tl.store(which+to, place, some)
 
+# %% ../nbs/a4_gpu.ipynb #a4b0001a
 def _of_first(c, w, which, chosen):
     (T, N, P, h, width, taps), O, rows = c.shape, w.shape[-1], 64
     out = c.new_empty(T, N, h, width, O)

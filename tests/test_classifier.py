@@ -3,6 +3,7 @@ import copy
 import csv
 import io
 import json
+import re
 import multiprocessing
 import pickle
 import shutil
@@ -393,11 +394,11 @@ def test_an_interval_of_a_share_stays_within_0_and_1():
 def test_a_packaged_model_travels_with_the_package_and_its_card_says_what_it_is(model):
     card, record = (models_folder / f'{model}.md').read_text(), load_meta(models_folder / f'{model}.safetensors')[1]['record']
     kept = json.loads((models_folder.parent.parent / f'nbs/results/tables/{record}.json').read_text())
-    assert (models_folder / f'{model}.safetensors').stat().st_size < 2e6
+    assert (models_folder / f'{model}.safetensors').stat().st_size < 1e6
     head, tail = (part.splitlines() for part in model_card(kept, model).split('\n| statistics | accuracy |')) # all but the grades
     assert card.splitlines()[:len(head)] == head and card.splitlines()[-5:] == tail[-5:]
     for norm, pair in kept['test']['norms'].items(): assert f"| {norm} | {100*pair['single']['accuracy'][-1]:.2f} ± {100*pair['single']['ci95'][-1]:.2f} |" in card
-    assert kept['starts'][-1]['commit'] in card and 'terms' in card.lower() + ('terms' if 'licence' in card.lower() else '')
+    assert kept['starts'][-1]['commit'] in card and re.search("licence|terms", card)
     assert 'models' in (models_folder.parent.parent / 'MANIFEST.in').read_text()
 
 

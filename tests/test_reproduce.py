@@ -53,7 +53,7 @@ def test_committed_records_hold_to_the_schema_and_to_their_table(path):
     assert len(record['epochs']) == record['config']['epochs'] or record['diverged']
     weights = path.with_suffix('.safetensors')
     if record['test']:
-        assert weights.stat().st_size < 1_000_000
+        assert weights.stat().st_size < (1_000_000 if record['method'] == 'meta-sgd' else 500_000) # Meta-SGD has a rate for each weight
         assert load_meta(weights)[1]['config'] == record['config']
 
 
