@@ -108,6 +108,8 @@ _small_mini = {'filters': 16, 'n_target': 3, 'n_tasks': 4, 'epochs': 5, 'iterati
                'outer_lr': 3e-3, 'validation_tasks': 40, 'test_tasks': 150, 'keep': 3}
 _photos = {'n_target': 5, 'test_targets': 5, 'n_tasks': 4, 'epochs': 15, 'iterations': 180, 'multi_step_epochs': 1,
            'first_order_epochs': 15, 'outer_lr': 2e-3, 'validation_tasks': 40, 'test_tasks': 200, 'keep': 1}
+_long_photos = {'n_target': 5, 'test_targets': 5, 'n_tasks': 4, 'epochs': 20, 'iterations': 500, 'multi_step_epochs': 2,
+                'average': .998, 'keep': 3}
 _tenth = {'iterations': 50, 'validation_tasks': 200} # of the published outer steps
 _tenth_mini = {'epochs': 20, 'iterations': 250, 'multi_step_epochs': 3, 'validation_tasks': 200}
 _best = {'shared_head': True, 'average': .996} # over the last twentieth of a run, as .99 is of a small one
@@ -126,6 +128,7 @@ tables = {
                 | _rows('omniglot-5w1s', _rest)
                 | _rows('omniglot-5w5s', _rest),
     'stability': _rows('omniglot-20w1s', ['maml','mamlpp'], '-strided', strided=True),
+    'stability-tenth': _rows('omniglot-20w1s', ['maml','mamlpp'], '-strided', strided=True, **_tenth),
     'extensions': _extensions('omniglot-20w1s', .999)
                   | _rows('omniglot-20w1s', _plus, '-tasks-16', n_tasks=16)
                   | _rows('omniglot-20w1s', _plus, '-all', n_target=5, average=.999, n_tasks=16, shared_head=True),
@@ -147,7 +150,8 @@ tables = {
     'mini-imagenet-small': _rows('mini-imagenet-5w1s', _both, **_small_mini)
                            | _rows('mini-imagenet-5w1s', _both, '-rate-0.1', inner_lr=.1, **_small_mini)
                            | _rows('mini-imagenet-5w5s', _both, **_small_mini),
-    'photos': _rows('mini-imagenet-5w1s', _plus, shared_head=True, **_photos)}
+    'photos': _rows('mini-imagenet-5w1s', _plus, shared_head=True, **_photos)
+              | _rows('mini-imagenet-5w1s', _plus, '-long', shared_head=True, **_long_photos)}
 
 # %% ../nbs/19_reproduce.ipynb #8c1d0a02
 for n in (4,3,2,1): # inner steps
@@ -432,8 +436,9 @@ _trial = {'epochs': 1, 'iterations': 2, 'validation_tasks': 4, 'test_tasks': 4, 
 # %% ../nbs/19_reproduce.ipynb #9f0c488e
 def reproduce(
     # omniglot (20-way, then 5-way), stability (strided networks), extensions (of MAML++), mini-imagenet; with a tenth
-    # of the outer steps: omniglot-20w1s-tenth, omniglot-20w1s-best, mini-imagenet-tenth; for two CPU cores:
-    # omniglot-small, extensions-small, five-shot-small, claims-small, mini-imagenet-small, photos
+    # of the outer steps: omniglot-20w1s-tenth, omniglot-20w1s-best, stability-tenth, mini-imagenet-tenth; for two CPU
+    # cores: omniglot-small, extensions-small, five-shot-small, claims-small, mini-imagenet-small; for one's own
+    # pictures: photos
     table:str,
     only:Param('rows, by name or by a pattern such as 20w1s-*; empty: all', str, nargs='+')='',
     seeds:Param('seeds of every row', str, nargs='+')='0,1,2',
