@@ -31,7 +31,7 @@ from mamlpp_nb.training import train_runs
 
 root = Path(__file__).parent.parent
 path, runs = root / 'nbs/results/warm_start.json', root / 'runs/warm_start'
-n_seeds, rates = 3, (2e-3, 2e-4) # the second: outer learning rate of the presets, and a tenth of it
+n_seeds = 3
 
 
 class Kind(NamedTuple):
@@ -40,12 +40,13 @@ class Kind(NamedTuple):
     preset: str
     sizes: tuple # numbers of own classes
     n_tasks: int # of a test
-    changes: dict = {}
+    rates: tuple # outer learning rates from the model; a preset's is 0.002
+    changes: dict # of the preset
 
 
-kinds = {'drawings': Kind('omniglot', 'grey-images-5w1s', (8, 20, 47), 200),
-         'photographs': Kind('photos', 'colour-images-5w1s', (8, 20), 100,
-                             {'epochs': 4, 'iterations': 50, 'first_order_epochs': 2, 'validation_tasks': 20})}
+_brief = {'epochs': 4, 'first_order_epochs': 2, 'validation_tasks': 20}
+kinds = {'drawings': Kind('omniglot', 'grey-images-5w1s', (8, 20, 47), 200, (2e-3, 2e-4), _brief),
+         'photographs': Kind('photos', 'colour-images-5w1s', (8, 20), 100, (2e-4,), {**_brief, 'iterations': 30})}
 
 
 def classes_of(kind):
@@ -142,7 +143,7 @@ def rules(kind):
     for seed in range(n_seeds):
         for n in k.sizes:
             yield ('from scratch', n, seed), lambda: adapted(trained(kind, n, seed))
-            for rate in rates:
+            for rate in k.rates:
                 yield (f'from the model, {rate:g}', n, seed), lambda: adapted(trained(kind, n, seed, rate))
 
 
