@@ -77,7 +77,8 @@ def trained(kind, n, seed, rate=None):
     "The folder of a run on one's own classes; who has few of them has no others to validate on"
     folder = runs / kind / f'own-{n}-{"scratch" if rate is None else f"from-{rate:g}"}-seed{seed}'
     own = own_classes(kind, n, seed)
-    train_runs([settings(kind, seed, rate)], [folder], {'train': own, 'val': own, 'test': own}, compiled=False)
+    ended = train_runs([settings(kind, seed, rate)], [folder], {'train': own, 'val': own, 'test': own}, compiled=False)
+    if ended != 'complete': sys.exit(f'{folder}: {ended}; the same command goes on')
     return str(folder)
 
 

@@ -31,6 +31,7 @@ from .training import train_and_test
 from .reproduce import reproduce, run_operations, seed_list, tables
 from .classifier import adapt_folder, predict_folder
 from .cards import card
+from .serving import export_model
 
 # %% ../nbs/a2_command_line.ipynb #2631560b
 def _is_own(config:Config)->bool: return config.data not in data_sets
@@ -324,7 +325,7 @@ def replay_step(
 # %% ../nbs/a2_command_line.ipynb #1e5442f7
 commands = {'quickstart': quickstart, 'train': train_preset, 'evaluate': evaluate_run, 'runs': runs, 'show': show,
             'replay': replay_step, 'reproduce': reproduce, 'adapt': adapt_folder, 'predict': predict_folder,
-            'card': card, 'bench': bench, 'cache': cache_command}
+            'card': card, 'export': export_model, 'bench': bench, 'cache': cache_command}
 
 def usage()->str: # what `mamlpp --help` prints
     "The commands, a line each"
