@@ -1,4 +1,4 @@
-"""Chapter 18's question of many classes of one's own: makes nbs/results/warm_start.json. Not part of the tests.
+"""Chapter 18's question of many classes of one's own: makes nbs/results/warm_start/. Not part of the tests.
 
     python benchmarks/warm_start.py drawings         minutes a run; what the record still lacks
     python benchmarks/warm_start.py photographs      wants mini-ImageNet under the data root
@@ -30,7 +30,7 @@ from mamlpp_nb.tasks import EpisodeSampler, load_data
 from mamlpp_nb.training import train_runs
 
 root = Path(__file__).parent.parent
-path, runs = root / 'nbs/results/warm_start.json', root / 'runs/warm_start'
+results, runs = root / 'nbs/results/warm_start', root / 'runs/warm_start'
 n_seeds = 3
 
 
@@ -45,8 +45,8 @@ class Kind(NamedTuple):
 
 
 _brief = {'epochs': 4, 'first_order_epochs': 2, 'validation_tasks': 20}
-kinds = {'drawings': Kind('omniglot', 'grey-images-5w1s', (8, 20, 47), 200, (2e-3, 2e-4), _brief),
-         'photographs': Kind('photos', 'colour-images-5w1s', (8, 20), 100, (2e-4,), {**_brief, 'iterations': 30})}
+kinds = {'drawings': Kind('omniglot', 'grey-images-5w1s', (8, 20, 47), 100, (2e-3, 2e-4), _brief),
+         'photographs': Kind('photos', 'colour-images-5w1s', (8, 20), 60, (2e-4,), {**_brief, 'iterations': 30})}
 
 
 def classes_of(kind):
@@ -149,21 +149,21 @@ def rules(kind):
 
 
 def measure(kind):
-    found = json.loads(path.read_text()) if path.exists() else {}
-    known = found.get(kind, {'rows': []})
-    done = {(r['rule'], r['own'], r['seed']) for r in known['rows']}
+    path = results / f'{kind}.json'
+    new = {'settings': dataclasses.asdict(settings(kind, 0)), 'tasks': kinds[kind].n_tasks, 'starts': [], 'rows': []}
+    record = json.loads(path.read_text()) if path.exists() else new
+    record['starts'].append(provenance('cpu'))
+    done = {(r['rule'], r['own'], r['seed']) for r in record['rows']}
     for (name, n, seed), make in rules(kind):
         if (name, n, seed) in done: continue
         rule = make()
-        row = {'rule': name, 'own': n, 'seed': seed, 'shots': {s: accuracies(rule, kind, s) for s in (1, 5)}}
-        about = {'settings': dataclasses.asdict(settings(kind, 0)), 'tasks': kinds[kind].n_tasks, **provenance('cpu')}
-        known = {**known, **about, 'rows': [*known['rows'], row]}
-        found = json.loads(path.read_text()) if path.exists() else {} # the other kind may have gone on meanwhile
-        found[kind] = known
-        write_safely(path, lambda draft: draft.write_text(json.dumps(found) + '\n'))
+        row = {'rule': name, 'own': n, 'seed': seed, 'shots': {str(s): accuracies(rule, kind, s) for s in (1, 5)}}
+        record['rows'].append(row)
+        write_safely(path, lambda draft: draft.write_text(json.dumps(record) + '\n'))
         print(kind, name, n, seed, {s: round(float(np.mean(a)), 1) for s, a in row['shots'].items()}, flush=True)
 
 
 if __name__ == '__main__':
     keep_freed_memory()
+    results.mkdir(exist_ok=True)
     for chosen in sys.argv[1:] or kinds: measure(chosen)

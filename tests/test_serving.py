@@ -40,7 +40,7 @@ def task(drawings, way, shot, keep=None):
 def rows(y): return torch.eye(int(y.max()) + 1)[y]
 
 
-@pytest.mark.parametrize('changes', [{'n_steps': 2}, {'strided': True}, {'method': 'meta-sgd'}, {'method': 'maml', 'blocks': 3}], ids=str)
+@pytest.mark.parametrize('changes', [{'n_steps': 2}, {'method': 'meta-sgd'}, *(pytest.param(c, marks=pytest.mark.weekly) for c in ({'strided': True}, {'method': 'maml', 'blocks': 3}))], ids=str)
 def test_the_program_says_what_the_classifier_says(changes, tmp_path, drawings):
     model = a_model(tmp_path, drawings, **changes)
     run = exported_adaptation(model).module()
@@ -87,12 +87,12 @@ def test_both_files_say_the_same(tmp_path, drawings, capsys):
     runtime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
     pytest.importorskip('onnxscript', reason='onnxscript is not installed')
     model = a_model(tmp_path, drawings)
-    for suffix in ('onnx', 'pt2'): assert main(['export', model, str(tmp_path / f'm.{suffix}'), '--steps', '2']) == 0
+    for suffix in ('onnx', 'pt2'): assert main(['export', model, str(tmp_path / f'm.{suffix}')]) == 0
     assert 'support (n, 1, 28, 28)' in capsys.readouterr().out
     session, run = runtime.InferenceSession(tmp_path / 'm.onnx'), torch.export.load(tmp_path / 'm.pt2').module()
     for way, shot in ((2, 1), (5, 3)):
         x, y, targets = task(drawings, way, shot)
         given = dict(zip(('support', 'labels', 'images', 'temperature'), (x, rows(y), targets, torch.tensor(1.5))))
         served = session.run(None, {k: t.numpy() for k, t in given.items()})[0]
-        theirs = FewShotClassifier(model, n_steps=2, temperature=1.5).fit(x, y).predict_proba(targets)
+        theirs = FewShotClassifier(model, temperature=1.5).fit(x, y).predict_proba(targets)
         for ours in (served, run(*given.values()).detach().numpy()): assert np.allclose(ours, theirs, atol=1e-4)
