@@ -78,12 +78,13 @@ def _wide_head(meta:MetaParameters, head:str, n_classes:int)->MetaParameters: # 
     def rows(k, t): return t.expand(n_classes, *t.shape[1:]) if k.rpartition('.')[0] == head else t
     return meta._replace(start={k: rows(k, t) for k,t in meta.start.items()})
 
-def _learn_and_name(model:Pretrained, n_steps:int, shared:bool)->abc.Callable: # as a function of tensors alone
+def _learn_and_name(model:Pretrained, start:MetaParameters, n_steps:int, shared:bool)->abc.Callable:
+    "Fit and predict, as a function of what a task brings"
     forward, given = task_batched(model.net), task_batched(copy.deepcopy(model.net).eval())
     look = with_statistics(model.net).__wrapped__ # for one task; vmap's rules would fix the number of pictures
     head, how = head_layer(model.meta), {**adapting(model.config), 'loss': _cross_entropy_by_rows}
-    def answer(meta, support, labels, images, temperature):
-        if shared: meta = _wide_head(meta, head, labels.shape[1])
+    def answer(support, labels, images, temperature):
+        meta = _wide_head(start, head, labels.shape[1]) if shared else start
         *_,fast = inner_loop(forward, meta, support[None], labels[None], n_steps, second_order=False, **how)
         adapted = {k: w for k,w in at_step(meta, fast, n_steps-1).items() if '.running_' not in k}
         seen = look({k: w[0] for k,w in adapted.items()}, support)[1]
@@ -99,16 +100,12 @@ def _refuse_unservable(model:Pretrained)->None:
 _backs = {torch.ops.aten.convolution_backward.default: convolution_back,
           torch.ops.aten.max_pool2d_with_indices_backward.default: pooling_back}
 
-class _Recorded(nn.Module):
-    def __init__(self, graph:nn.Module, meta:MetaParameters):
+class _Recorded(nn.Module): # with names for its inputs
+    def __init__(self, graph:nn.Module):
         super().__init__()
-        self.graph, self.groups = graph, [list(table) for table in meta]
-        for i,table in enumerate(meta):
-            for j,t in enumerate(table.values()): self.register_buffer(f't{i}_{j}', t)
+        self.graph = graph
 
-    def forward(self, support, labels, images, temperature):
-        tables = [{k: getattr(self, f't{i}_{j}') for j,k in enumerate(names)} for i,names in enumerate(self.groups)]
-        return self.graph(MetaParameters(*tables), support, labels, images, temperature)
+    def forward(self, support, labels, images, temperature): return self.graph(support, labels, images, temperature)
 
 def exported_adaptation(
     model:str|Path, # a packaged name such as omniglot, the folder of a run, or a file
@@ -126,11 +123,11 @@ def exported_adaptation(
     def pictures(n): return torch.zeros(n, found.channels, found.size, found.size, dtype=head.dtype)
     labels = torch.eye(n_classes, dtype=head.dtype)[torch.arange(23) % n_classes]
     example = pictures(23), labels, pictures(17), torch.ones((), dtype=head.dtype)
-    answer = _learn_and_name(found, n_steps, shared)
-    graph = make_fx(answer, _backs, tracing_mode='symbolic')(meta, *example)
+    answer = _learn_and_name(found, meta, n_steps, shared)
+    graph = make_fx(answer, _backs, 'symbolic', _allow_non_fake_inputs=True)(*example) # weights are what they are
     n, classes, asked = (torch.export.Dim(name, min=least) for name,least in (('n',2), ('classes',2), ('asked',1)))
     dims = {0: n}, {0: n, **({1: classes} if shared else {})}, {0: asked}, None
-    program = torch.export.export(_Recorded(graph, meta), example, dynamic_shapes=dims)
+    program = torch.export.export(_Recorded(graph), example, dynamic_shapes=dims)
     known = {**core_aten_decompositions(), **get_decompositions([torch.ops.aten.native_batch_norm_backward])}
     return program.run_decompositions({**known, **_backs})
 
