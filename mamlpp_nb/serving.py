@@ -101,11 +101,11 @@ _backs = {torch.ops.aten.convolution_backward.default: convolution_back,
           torch.ops.aten.max_pool2d_with_indices_backward.default: pooling_back}
 
 class _Recorded(nn.Module): # with names for its inputs
-    def __init__(self, graph:nn.Module):
+    def __init__(self, recorded:nn.Module):
         super().__init__()
-        self.graph = graph
+        self.recorded = recorded
 
-    def forward(self, support, labels, images, temperature): return self.graph(support, labels, images, temperature)
+    def forward(self, support, labels, images, temperature): return self.recorded(support, labels, images, temperature)
 
 def exported_adaptation(
     model:str|Path, # a packaged name such as omniglot, the folder of a run, or a file
