@@ -1,6 +1,7 @@
 """Chapter 18's question of many classes of one's own: makes nbs/results/warm_start/. Not part of the tests.
 
     python benchmarks/warm_start.py drawings         minutes a run; what the record still lacks
+    python benchmarks/warm_start.py drawings 0 1     these seeds alone; another process may have the others
     python benchmarks/warm_start.py photographs      wants mini-ImageNet under the data root
 
 A few classes of one's own, none of which the packaged model has seen, and tasks of other classes of the same kind.
@@ -9,6 +10,7 @@ and three ways to use it that learn from a task's support set alone: the nearest
 fine-tuning of the last layer, and of all layers. All answer the same tasks, by the statistics of the support set.
 """
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -45,7 +47,7 @@ class Kind(NamedTuple):
 
 
 _brief = {'epochs': 4, 'first_order_epochs': 2, 'validation_tasks': 20}
-kinds = {'drawings': Kind('omniglot', 'grey-images-5w1s', (8, 20, 47), 100, (2e-3, 2e-4), _brief),
+kinds = {'drawings': Kind('omniglot', 'grey-images-5w1s', (8, 20, 47), 100, (2e-4, 2e-3), _brief),
          'photographs': Kind('photos', 'colour-images-5w1s', (8, 20), 60, (2e-4,), {**_brief, 'iterations': 30})}
 
 
@@ -133,7 +135,7 @@ def accuracies(rule, kind, shot):
     return scores
 
 
-def rules(kind):
+def rules(kind, seeds):
     "What is to be measured: (name, number of own classes, seed) and a function that makes the rule"
     k = kinds[kind]
     model = read_pretrained(k.model)
@@ -141,29 +143,40 @@ def rules(kind):
     yield ('nearest class mean', 0, 0), lambda: nearest_mean(model)
     yield ('last layer', 0, 0), lambda: fine_tuned(model, False, 100, 1e-2)
     yield ('all layers', 0, 0), lambda: fine_tuned(model, True, 30, 1e-3)
-    for seed in range(n_seeds):
-        for n in k.sizes:
-            yield ('from scratch', n, seed), lambda: adapted(trained(kind, n, seed))
-            for rate in k.rates:
-                yield (f'from the model, {rate:g}', n, seed), lambda: adapted(trained(kind, n, seed, rate))
+    usual, *others = k.rates
+    for seed, n in itertools.product(seeds, k.sizes):
+        yield ('from scratch', n, seed), lambda: adapted(trained(kind, n, seed))
+        yield (f'from the model, {usual:g}', n, seed), lambda: adapted(trained(kind, n, seed, usual))
+    for rate, seed, n in itertools.product(others, seeds, k.sizes):
+        yield (f'from the model, {rate:g}', n, seed), lambda: adapted(trained(kind, n, seed, rate))
 
 
-def measure(kind):
+def read(kind):
     path = results / f'{kind}.json'
     new = {'settings': dataclasses.asdict(settings(kind, 0)), 'tasks': kinds[kind].n_tasks, 'starts': [], 'rows': []}
-    record = json.loads(path.read_text()) if path.exists() else new
+    return json.loads(path.read_text()) if path.exists() else new
+
+
+def write(kind, record):
+    write_safely(results / f'{kind}.json', lambda draft: draft.write_text(json.dumps(record) + '\n'))
+
+
+def measure(kind, seeds):
+    record = read(kind)
     record['starts'].append(provenance('cpu'))
-    done = {(r['rule'], r['own'], r['seed']) for r in record['rows']}
-    for (name, n, seed), make in rules(kind):
-        if (name, n, seed) in done: continue
+    write(kind, record)
+    for (name, n, seed), make in rules(kind, seeds):
+        if (name, n, seed) in {(r['rule'], r['own'], r['seed']) for r in read(kind)['rows']}: continue
         rule = make()
         row = {'rule': name, 'own': n, 'seed': seed, 'shots': {str(s): accuracies(rule, kind, s) for s in (1, 5)}}
+        record = read(kind) # another process may have added to it
         record['rows'].append(row)
-        write_safely(path, lambda draft: draft.write_text(json.dumps(record) + '\n'))
+        write(kind, record)
         print(kind, name, n, seed, {s: round(float(np.mean(a)), 1) for s, a in row['shots'].items()}, flush=True)
 
 
 if __name__ == '__main__':
     keep_freed_memory()
     results.mkdir(exist_ok=True)
-    for chosen in sys.argv[1:] or kinds: measure(chosen)
+    chosen, *seeds = sys.argv[1:]
+    measure(chosen, [int(s) for s in seeds] or range(n_seeds))
