@@ -547,13 +547,15 @@ def _model_in(folder:Path)->tuple[Path,str]: # of a run or a quickstart: its bes
 # %% ../nbs/15_runs.ipynb #2b498aa1
 _of_network, _of_tables = ('network','filters','strided','blocks','normalise'), ('method','n_steps') # settings
 
+_gently = {'outer_lr': 2e-4, 'last_outer_lr': 2e-6} # a tenth of the presets for own images: see chapter 18
+
 def settings_from(
     model:str|Path, # see `find_model`
 )->dict: # fields of `Config`
-    "What a run that begins from a model takes over from its settings"
+    "What a run that begins from a model takes over from its settings; and an outer rate for what is already trained"
     found = read_pretrained(model)
     taken = {k: getattr(found.config, k) for k in (*_of_network, *_of_tables, 'inner_lr')}
-    return {**taken, 'image_size': found.size, 'start_from': str(model)}
+    return {**taken, 'image_size': found.size, 'start_from': str(model), **_gently}
 
 def _said_images(channels:int, size:int)->str: return f"{size}x{size} {'grey' if channels == 1 else 'colour'} images"
 
