@@ -65,6 +65,7 @@ def pooling_back(
     "`aten.max_pool2d_with_indices_backward` as a comparison"
     k = kernel[0]
     plain = list(kernel) == [k,k] == (list(stride) or [k,k]) and not any(padding) and not ceil
+    plain = plain and all(d == 1 for d in dilation)
     if not plain: raise ValueError('only max-pooling by square windows side by side can be exported')
     height, width = x.shape[-2:]
     place = torch.arange(height, device=x.device)[:,None]*width + torch.arange(width, device=x.device)
@@ -121,8 +122,9 @@ def exported_adaptation(
     n_classes = 19 if shared else len(head)
     meta = head_for(found.meta.detached(), 1 if shared else len(head))
     def pictures(n): return torch.zeros(n, found.channels, found.size, found.size, dtype=head.dtype)
-    labels = torch.eye(n_classes, dtype=head.dtype)[torch.arange(23) % n_classes]
-    example = pictures(23), labels, pictures(17), torch.ones((), dtype=head.dtype)
+    shown, named = [n for n in (101, 103, 107, 109) if n not in (n_classes, found.size)][:2] # all sizes differ
+    labels = torch.eye(n_classes, dtype=head.dtype)[torch.arange(shown) % n_classes]
+    example = pictures(shown), labels, pictures(named), torch.ones((), dtype=head.dtype)
     answer = _learn_and_name(found, meta, n_steps, shared)
     graph = make_fx(answer, _backs, 'symbolic', _allow_non_fake_inputs=True)(*example) # weights are what they are
     n, classes, asked = (torch.export.Dim(name, min=least) for name,least in (('n',2), ('classes',2), ('asked',1)))
