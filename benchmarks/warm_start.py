@@ -153,7 +153,7 @@ def rules(kind, seeds):
 
 def read(kind):
     path = results / f'{kind}.json'
-    new = {'settings': dataclasses.asdict(settings(kind, 0)), 'tasks': kinds[kind].n_tasks, 'starts': [], 'rows': []}
+    new = {'settings': dataclasses.asdict(settings(kind, 0)), 'tasks': kinds[kind].n_tasks, 'processes': [], 'rows': []}
     return json.loads(path.read_text()) if path.exists() else new
 
 
@@ -162,9 +162,8 @@ def write(kind, record):
 
 
 def measure(kind, seeds):
-    record = read(kind)
-    record['starts'].append(provenance('cpu'))
-    write(kind, record)
+    record, here = read(kind), provenance('cpu')
+    write(kind, {**record, **here, 'processes': [*record['processes'], here]})
     for (name, n, seed), make in rules(kind, seeds):
         if (name, n, seed) in {(r['rule'], r['own'], r['seed']) for r in read(kind)['rows']}: continue
         rule = make()
