@@ -68,10 +68,9 @@ def own_classes(kind, n, seed):
 def settings(kind, seed, rate=None):
     "Of a run from scratch, or of one from the packaged model at a rate of its own"
     k = kinds[kind]
-    start = {} if rate is None else {**settings_from(k.model), 'outer_lr': rate, 'last_outer_lr': rate/100}
     data = 'glyphs' if kind == 'drawings' else 'mini-imagenet'
     if rate is None: start = {'filters': read_pretrained(k.model).config.filters}
-    start.pop('image_size', None)
+    else: start = {**settings_from(k.model), 'image_size': 0, 'outer_lr': rate, 'last_outer_lr': rate/100}
     return configure(k.preset, **{**k.changes, **start, 'data': data, 'seed': seed})
 
 

@@ -18,7 +18,7 @@ from .maml import MetaParameters, at_step, head_layer, inner_loop, task_losses
 from .per_step_norm import with_statistics
 from .config import adapting
 from .runs import Pretrained, read_pretrained
-from .classifier import FewShotClassifier, head_for
+from .classifier import head_for
 
 # %% ../nbs/a5_serving.ipynb #a5000011
 def convolution_back(
@@ -108,6 +108,12 @@ class _Recorded(nn.Module): # with names for its inputs
 
     def forward(self, support, labels, images, temperature): return self.recorded(support, labels, images, temperature)
 
+def _example(model:Pretrained, n_classes:int, dtype:torch.dtype)->tuple[Tensor,...]: # inputs whose sizes all differ
+    shown, named = [n for n in (101, 103, 107, 109) if n not in (n_classes, model.size)][:2]
+    def pictures(n): return torch.zeros(n, model.channels, model.size, model.size, dtype=dtype)
+    labels = torch.eye(n_classes, dtype=dtype)[torch.arange(shown) % n_classes]
+    return pictures(shown), labels, pictures(named), torch.ones((), dtype=dtype)
+
 def exported_adaptation(
     model:str|Path, # a packaged name such as omniglot, the folder of a run, or a file
     n_steps:int|None=None, # inner steps; None: as in training
@@ -121,10 +127,7 @@ def exported_adaptation(
     shared = bool((head == head[0]).all())
     n_classes = 19 if shared else len(head)
     meta = head_for(found.meta.detached(), 1 if shared else len(head))
-    def pictures(n): return torch.zeros(n, found.channels, found.size, found.size, dtype=head.dtype)
-    shown, named = [n for n in (101, 103, 107, 109) if n not in (n_classes, found.size)][:2] # all sizes differ
-    labels = torch.eye(n_classes, dtype=head.dtype)[torch.arange(shown) % n_classes]
-    example = pictures(shown), labels, pictures(named), torch.ones((), dtype=head.dtype)
+    example = _example(found, n_classes, head.dtype)
     answer = _learn_and_name(found, meta, n_steps, shared)
     graph = make_fx(answer, _backs, 'symbolic', _allow_non_fake_inputs=True)(*example) # weights are what they are
     n, classes, asked = (torch.export.Dim(name, min=least) for name,least in (('n',2), ('classes',2), ('asked',1)))

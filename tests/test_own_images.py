@@ -298,6 +298,9 @@ def test_the_network_of_the_packaged_model_comes_along(tmp_path, own_cache, caps
     config = read_config(tmp_path / 'run')[0]
     assert (config.start_from, config.filters, config.image_size, config.n_way, config.shared_head) == ('omniglot', 32, 28, 2, True)
     assert read_pretrained(tmp_path / 'run').size == 28 and '28x28 pixels' in capsys.readouterr().out
+    assert config.outer_lr < configure('grey-images-5w1s').outer_lr # what is learned already is soon lost at the rate of a beginning
+    assert main(['train', '--data', str(folder), '--out', str(tmp_path / 'faster'), '--from', 'omniglot', '--outer_lr', '.002', *words]) == 0
+    assert read_config(tmp_path / 'faster')[0].outer_lr == .002
 
 
 @pytest.mark.parametrize('words, named', [(['--filters', '8'], 'filters 4 there, 8 asked for'), (['--image_size', '28'], '20x20 grey images there, 28x28 grey images here'),

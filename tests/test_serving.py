@@ -1,7 +1,6 @@
 "A model's inner loop as a program: the same answers for other numbers of classes and pictures, in PyTorch and in ONNX Runtime."
 import copy
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
