@@ -433,6 +433,14 @@ def _in_json(found:dict[str,list[dict]])->dict: # records, as a script may want 
 # %% ../nbs/19_reproduce.ipynb #46219dd6
 _trial = {'epochs': 1, 'iterations': 2, 'validation_tasks': 4, 'test_tasks': 4, 'keep': 1}
 
+def _where_to(table:str, out:Path, records:str, trial:bool, data:str)->tuple[Path,Path,dict]:
+    "Where runs and records go, and what a trial changes in the settings"
+    usual = 'nbs/results/tables' if Path('nbs/results').is_dir() else 'results'
+    if not trial: return out, Path(records or usual), {}
+    out = out/f'trial-{data or table}'
+    changes = {**_trial, 'data': data, 'normalise': False} if data else _trial # normalisation is for colours
+    return out, out/'records', changes
+
 # %% ../nbs/19_reproduce.ipynb #9f0c488e
 def reproduce(
     # omniglot (20-way, then 5-way), stability (strided networks), extensions (of MAML++), mini-imagenet; with a tenth
@@ -461,13 +469,7 @@ def reproduce(
     device = pick_device(device)
     began = time.monotonic()
     if data and not trial: raise ValueError('a table has its own data; other data is for a trial')
-    usual = 'nbs/results/tables' if Path('nbs/results').is_dir() else 'results'
-    out, kept = Path(out), Path(records or usual)
-    changes = {}
-    if trial:
-        out = out/f'trial-{data or table}'
-        kept = out/'records'
-        changes = {**_trial, 'data': data, 'normalise': False} if data else _trial # normalisation is for colours
+    out, kept, changes = _where_to(table, Path(out), records, trial, data)
     jobs = _jobs(table, rows, at_once(seeds, device), changes, out=out, records=kept)
     status, failed = _run(jobs, World(device=device), began, minutes*60, compiled=False if no_compile else None)
     found = read_records(kept, table)
