@@ -34,6 +34,7 @@ class Config:
     n_target:int = 1            # target images per class in training
     test_targets:int = 1        # target images per class in validation and test
     rotate:bool = True          # turn each class of a training task by its own multiple of 90 degrees?
+    mirror:bool = False         # show each image of a training task from left to right by a coin of its own?
     normalise:bool = False      # subtract ImageNet's mean colour and divide by its standard deviation?
     filters:int = 64            # of each convolution
     strided:bool = False        # stride 2 and a global mean instead of max-pooling
@@ -343,8 +344,8 @@ def deals(
     def of(split):
         data, train = splits[split], split == 'train'
         if not isinstance(data, ClassImages): return _apart(data, config.seed) if train else data
-        if train: more = {'n_target': config.n_target, 'seed': config.seed, 'rotate': config.rotate}
-        else: more = {'n_target': config.test_targets, 'seed': 0, 'rotate': False}
+        more = {'n_target': config.test_targets, 'seed': 0}
+        if train: more = {'n_target': config.n_target, **{k: getattr(config, k) for k in ('seed','rotate','mirror')}}
         return EpisodeSampler(data, config.n_way, config.k_shot, **more)
     return {split: of(split) for split in splits}
 

@@ -109,6 +109,15 @@ _small_mini = {'filters': 16, 'n_target': 3, 'n_tasks': 4, 'epochs': 5, 'iterati
 _photos = {'n_target': 5, 'test_targets': 5, 'n_tasks': 4, 'epochs': 15, 'iterations': 180, 'multi_step_epochs': 1,
            'first_order_epochs': 15, 'outer_lr': 2e-3, 'validation_tasks': 40, 'test_tasks': 200, 'keep': 1}
 _two_steps = {'n_steps': 2, 'epochs': 10, 'iterations': 500, 'first_order_epochs': 0, 'outer_lr': 1e-3, 'average': .998}
+_additions_small = {'mirror': {'mirror': True}, 'shared-head': {'shared_head': True}, 'average': {'average': .99},
+                    'no-cosine': {'last_outer_lr': _small_mini['outer_lr']}}
+
+def _additions()->dict[str,Row]: # to MAML++ on photographs, one at a time
+    found = {}
+    for mark,change in _additions_small.items():
+        found |= _rows('mini-imagenet-5w1s', ['mamlpp'], f'-{mark}', **_small_mini | change)
+    return found
+
 _tenth = {'iterations': 50, 'validation_tasks': 200} # of the published outer steps
 _tenth_mini = {'epochs': 20, 'iterations': 250, 'multi_step_epochs': 3, 'validation_tasks': 200}
 _best = {'shared_head': True, 'average': .996} # over the last twentieth of a run, as .99 is of a small one
@@ -148,7 +157,8 @@ tables = {
     'five-shot-small': _rows('omniglot-5w5s', _plus, **_small),
     'mini-imagenet-small': _rows('mini-imagenet-5w1s', _both, **_small_mini)
                            | _rows('mini-imagenet-5w1s', _both, '-rate-0.1', inner_lr=.1, **_small_mini)
-                           | _rows('mini-imagenet-5w5s', _both, **_small_mini),
+                           | _rows('mini-imagenet-5w5s', _both, **_small_mini)
+                           | _additions(),
     'photos': _rows('mini-imagenet-5w1s', _plus, shared_head=True, **_photos)
               | _rows('mini-imagenet-5w1s', _plus, '-2-steps', shared_head=True, **_photos | _two_steps)}
 

@@ -507,6 +507,7 @@ class Episodes:
     classes:Tensor|None = None # (tasks, way), class index of each label; None: these tasks aren't made of classes
     rows:Tensor|None = None    # (tasks, way, shot+target), which image of `ClassImages.images`; support first
     turns:Tensor|None = None   # (tasks, way), quarter turns applied to each class
+    mirrored:Tensor|None = None # (tasks, way, shot+target), bool: is the image shown from left to right?
 
     def __len__(self): return len(self.support_x)
     def each(self, f:abc.Callable[[Tensor],Tensor])->'Episodes': # what f makes of every tensor
@@ -524,6 +525,7 @@ class EpisodeSampler:
         n_target:int=1, # target images per class
         seed:int=0, # another seed, other episodes
         rotate:bool=False, # turn each class of a task by its own multiple of 90 degrees?
+        mirror:bool=False, # show each image from left to right by a coin of its own?
     ):
         if min(n_way, k_shot, n_target) < 1:
             raise ValueError(f'way, shot and target must be at least 1, got {n_way}, {k_shot}, {n_target}')
@@ -537,8 +539,9 @@ class EpisodeSampler:
         if rotate and h != w: raise ValueError(f'quarter turns need square images, got {w}x{h}')
         self.data, self.device = data, data.images.device
         self.n_way, self.k_shot, self.n_target = n_way, k_shot, n_target
-        self.seed, self.rotate = seed, rotate
-        self._streams = {p: stream(seed, data.split, p).to(self.device) for p in ('classes', 'images', 'turns')}
+        self.seed, self.rotate, self.mirror = seed, rotate, mirror
+        purposes = ('classes','images','turns','mirrors')
+        self._streams = {p: stream(seed, data.split, p).to(self.device) for p in purposes}
         self._most = int(data.count.max())
         self._turned = torch.arange(h*w, device=self.device).view(h, w)
 
@@ -549,22 +552,25 @@ def _keys(self:EpisodeSampler, purpose:str, episodes:Tensor, n:int)->Tensor: # (
     return random_bits(task_streams, n)
 
 @patch
-def _draw(self:EpisodeSampler, episodes:Tensor)->tuple[Tensor,Tensor,Tensor]: # classes, rows, turns
+def _draw(self:EpisodeSampler, episodes:Tensor)->tuple[Tensor,...]: # classes, rows, turns, who is mirrored
     data, n_images = self.data, self.k_shot + self.n_target
     classes = self._keys('classes', episodes, len(data)).argsort(1)[:, :self.n_way]
     keys = self._keys('images', episodes, self.n_way*self._most).unflatten(1, (self.n_way, self._most))
     absent = torch.arange(self._most, device=self.device) >= data.count[classes][...,None] # classes differ in size
     place = keys.masked_fill(absent, torch.iinfo(torch.int64).max).argsort(2)[..., :n_images]
     turns = self._keys('turns', episodes, self.n_way) % 4 if self.rotate else torch.zeros_like(classes)
-    return classes, data.first[classes][...,None] + place, turns
+    coins = self._keys('mirrors', episodes, self.n_way*n_images) % 2 if self.mirror else torch.zeros_like(place)
+    return classes, data.first[classes][...,None] + place, turns, coins.bool().view_as(place)
 
 # %% ../nbs/00_tasks.ipynb #0000003c
 @patch
-def _pixels(self:EpisodeSampler, rows:Tensor, turns:Tensor)->Tensor: # (tasks, way, images, channels, height, width)
+def _pixels(self:EpisodeSampler, rows:Tensor, turns:Tensor, mirrored:Tensor)->Tensor:
+    # (tasks, way, images, channels, height, width)
     x = self.data.images[rows]
     if self.rotate:
         order = torch.stack([self._turned.rot90(k).flatten() for k in range(4)])[turns][:,:,None,None]
         x = x.flatten(-2).gather(-1, order.expand(*x.shape[:4], -1)).view(x.shape)
+    if self.mirror: x = torch.where(mirrored[...,None,None,None], x.flip(-1), x)
     return x/torch.full((), 255., device=x.device) # by a number, a GPU would multiply by its reciprocal: other bits
 
 @patch
@@ -574,12 +580,12 @@ def __call__(self:EpisodeSampler,
 )->Episodes: # episodes first ... first+n_tasks-1, on the device of the images
     "Deal a batch of episodes"
     episodes = first + torch.arange(n_tasks, device=self.device)
-    classes, rows, turns = self._draw(episodes)
-    x, k = self._pixels(rows, turns), self.k_shot
+    classes, *how = self._draw(episodes)
+    x, k = self._pixels(*how), self.k_shot
     y = torch.arange(self.n_way, device=self.device)[None,:,None].expand(n_tasks, -1, k+self.n_target)
     support = x[:,:,:k].flatten(1,2), y[:,:,:k].flatten(1)
     target = x[:,:,k:].flatten(1,2), y[:,:,k:].flatten(1)
-    return Episodes(*support, *target, classes, rows, turns)
+    return Episodes(*support, *target, classes, *how)
 
 # %% ../nbs/00_tasks.ipynb #00000047
 def _draw_frames(ax:plt.Axes, episodes:Episodes, task:int, predicted:Tensor, shot:int, cell:tuple)->None:

@@ -11,14 +11,14 @@ from torchvision.transforms import PILToTensor, ToTensor
 from conftest import numbered
 from mamlpp_nb.tasks import EpisodeSampler, from_dataset, from_labels, random_bits, stream
 
-fields = ('support_x', 'target_x', 'support_y', 'target_y', 'classes', 'rows', 'turns')
+fields = ('support_x', 'target_x', 'support_y', 'target_y', 'classes', 'rows', 'turns', 'mirrored')
 
 
 @st.composite
 def sampler_settings(draw):
     way, shot, target = draw(st.integers(1, 6)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     counts = draw(st.lists(st.integers(shot + target, 12), min_size=way, max_size=way + 8))
-    return counts, dict(n_way=way, k_shot=shot, n_target=target, seed=draw(st.integers(0, 2**40)), rotate=draw(st.booleans()))
+    return counts, dict(n_way=way, k_shot=shot, n_target=target, seed=draw(st.integers(0, 2**40)), rotate=draw(st.booleans()), mirror=draw(st.booleans()))
 
 
 @settings(max_examples=150, deadline=None)
@@ -36,12 +36,13 @@ def test_an_episode_is_what_it_says(setting, first, n_tasks):
             assert ((rows[label] >= data.first[c]) & (rows[label] < data.first[c] + data.count[c])).all()
         assert e.support_y[task].bincount(minlength=way).tolist() == [shot] * way
         assert e.target_y[task].bincount(minlength=way).tolist() == [target] * way
-    for x, y, part in ((e.support_x, e.support_y, e.rows[:, :, :shot]), (e.target_x, e.target_y, e.rows[:, :, shot:])):
+    for x, y, part in ((e.support_x, e.support_y, slice(shot)), (e.target_x, e.target_y, slice(shot, None))):
+        rows, mirrored = e.rows[:, :, part].flatten(1), e.mirrored[:, :, part].flatten(1)
         for task in range(n_tasks):
-            for i, r in enumerate(part[task].flatten().tolist()):             # the pixels are those of the row, turned
+            for i, r in enumerate(rows[task].tolist()):                       # the pixels are those of the row, turned, mirrored
                 turned = data.images[r].rot90(int(e.turns[task, y[task, i]]), (1, 2))
-                assert torch.equal(x[task, i], turned / 255)
-    assert kw['rotate'] or not e.turns.any()
+                assert torch.equal(x[task, i], (turned.flip(-1) if mirrored[task, i] else turned) / 255)
+    assert (kw['rotate'] or not e.turns.any()) and (kw['mirror'] or not e.mirrored.any())
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,6 +73,9 @@ def test_uniform_over_classes_images_and_turns(seed):
     for column in (0, 1):
         assert is_uniform(e.rows[:, :, column].flatten().bincount(minlength=800), 1 - 5 / 800)
     assert is_uniform(e.turns.flatten().bincount(minlength=4))
+    seen = EpisodeSampler(numbered([20] * 40), 5, 1, 1, seed, rotate=True, mirror=True)(0, 8000)
+    for pairs in (seen.mirrored.flatten(2), torch.stack([seen.mirrored[..., 0], seen.turns > 1], -1)): # two coins, or a coin and half of the turns
+        assert is_uniform((pairs.long() @ torch.tensor([2, 1])).flatten().bincount(minlength=4))
     for label in range(5): # which label a class gets is free as well
         assert is_uniform(e.classes[:, label].bincount(minlength=40))
 
