@@ -71,14 +71,18 @@ def _with_published(table:str, rows:dict[str,Row])->dict[str,Row]:
     def numbers(row): return tuple(known[row][k] for k in ('accuracy','spread') if k in known.get(row, ()))
     return {name: row._replace(published=numbers(name)) for name,row in rows.items()}
 
-def _extensions(preset:str, average:float, **changes)->dict[str,Row]: # MAML++ with one thing changed
+def _one_by_one(preset:str, changed:dict[str,dict], **shared)->dict[str,Row]: # MAML++ with one thing changed at a time
+    found = {}
+    for mark,change in changed.items(): found |= _rows(preset, ['mamlpp'], f'-{mark}', **shared | change)
+    return found
+
+def _extensions(preset:str, average:float, **changes)->dict[str,Row]:
     epochs = changes.get('epochs', configure(preset).epochs)
     changed = {'first-order': {'first_order_epochs': epochs}, 'annealed': {'first_order_epochs': epochs//2},
                'targets-5': {'n_target': 5}, 'average': {'average': average}, 'steps-10': {'n_steps': 10},
                'shared-head': {'shared_head': True}}
-    found = {}
-    for mark,change in changed.items(): found |= _rows(preset, ['mamlpp'], f'-{mark}', **changes, **change)
-    return found | _rows(preset, ['anil','boil'], **changes) # and two methods that adapt less
+    adapting_less = _rows(preset, ['anil','boil'], **changes)
+    return _one_by_one(preset, changed, **changes) | adapting_less
 
 # %% ../nbs/19_reproduce.ipynb #c1a1b005
 _brief = {'filters': 32, 'n_tasks': 2, 'outer_lr': 2e-3, 'last_outer_lr': 2e-5, 'epochs': 4, 'iterations': 100,
@@ -109,15 +113,8 @@ _small_mini = {'filters': 16, 'n_target': 3, 'n_tasks': 4, 'epochs': 5, 'iterati
 _photos = {'n_target': 5, 'test_targets': 5, 'n_tasks': 4, 'epochs': 15, 'iterations': 180, 'multi_step_epochs': 1,
            'first_order_epochs': 15, 'outer_lr': 2e-3, 'validation_tasks': 40, 'test_tasks': 200, 'keep': 1}
 _two_steps = {'n_steps': 2, 'epochs': 10, 'iterations': 500, 'first_order_epochs': 0, 'outer_lr': 1e-3, 'average': .998}
-_additions_small = {'mirror': {'mirror': True}, 'shared-head': {'shared_head': True}, 'average': {'average': .99},
-                    'no-cosine': {'last_outer_lr': _small_mini['outer_lr']}}
-
-def _additions()->dict[str,Row]: # to MAML++ on photographs, one at a time
-    found = {}
-    for mark,change in _additions_small.items():
-        found |= _rows('mini-imagenet-5w1s', ['mamlpp'], f'-{mark}', **_small_mini | change)
-    return found
-
+_additions = {'mirror': {'mirror': True}, 'shared-head': {'shared_head': True}, 'average': {'average': .99},
+              'no-cosine': {'last_outer_lr': _small_mini['outer_lr']}}
 _tenth = {'iterations': 50, 'validation_tasks': 200} # of the published outer steps
 _tenth_mini = {'epochs': 20, 'iterations': 250, 'multi_step_epochs': 3, 'validation_tasks': 200}
 _best = {'shared_head': True, 'average': .996} # over the last twentieth of a run, as .99 is of a small one
@@ -158,7 +155,7 @@ tables = {
     'mini-imagenet-small': _rows('mini-imagenet-5w1s', _both, **_small_mini)
                            | _rows('mini-imagenet-5w1s', _both, '-rate-0.1', inner_lr=.1, **_small_mini)
                            | _rows('mini-imagenet-5w5s', _both, **_small_mini)
-                           | _additions(),
+                           | _one_by_one('mini-imagenet-5w1s', _additions, **_small_mini),
     'photos': _rows('mini-imagenet-5w1s', _plus, shared_head=True, **_photos)
               | _rows('mini-imagenet-5w1s', _plus, '-2-steps', shared_head=True, **_photos | _two_steps)}
 
