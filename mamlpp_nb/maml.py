@@ -671,11 +671,11 @@ def evaluate(
 
 # %% ../nbs/02_maml.ipynb #00000027
 def keep_freed_memory()->bool: # True if the C library took the advice; False where it is not glibc
-    "Ask glibc to reuse freed blocks up to 32 MB instead of handing them back to the kernel"
+    "Ask glibc to reuse freed blocks of any size, in every thread, instead of handing them back to the kernel"
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return False # another C library, or another system
-    mmap_threshold, trim_threshold = -3, -1 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-    return bool(mallopt(mmap_threshold, 32*2**20)) and bool(mallopt(trim_threshold, 2**31-1))
+    mmap_max, arena_max, trim_threshold = -4, -8, -1 # M_MMAP_MAX and so on of malloc.h
+    return all([mallopt(mmap_max, 0), mallopt(arena_max, 1), mallopt(trim_threshold, -1)]) # -1: never trim
 
 # %% ../nbs/02_maml.ipynb #0000002e
 class Damaged(ValueError):
