@@ -6,7 +6,7 @@
 __all__ = ['Fused', 'written_out_for', 'conv4_calculus', 'ReadyImages', 'conv4_predict']
 
 # %% ../nbs/10_passes.ipynb #be723616
-import collections.abc as abc, functools, itertools, logging, os, threading, weakref
+import collections.abc as abc, functools, itertools, logging, os, sys, threading, weakref
 from pathlib import Path
 from typing import NamedTuple
 import torch, torch.nn.functional as F
@@ -389,7 +389,8 @@ def compiled(self:Fused)->abc.Callable: # compiles when it is called
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)
     config = torch._dynamo.config
     config.recompile_limit = max(64, config.recompile_limit) # one program for each size of the inputs
-    return torch.compile(self.plain, dynamic=False, options={'cpp.enable_floating_point_contract_flag': 'fast'})
+    options = {'cpp.enable_floating_point_contract_flag': 'fast', 'cpp_wrapper': sys.platform == 'linux'}
+    return torch.compile(self.plain, dynamic=False, options=options)
 
 # %% ../nbs/10_passes.ipynb #a1e0c008
 def _compiler_errors()->tuple: # asked for when there is one: the compiler takes long to import

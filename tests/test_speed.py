@@ -3,6 +3,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -338,6 +339,27 @@ def test_the_compiled_pass_of_a_tiny_network_says_what_the_plain_one_says():
     (logits, seen), (plain, exact) = (fast_statistics(net, compiled)(weights, x) for compiled in (True, False))
     assert logits.allclose(plain, rtol=1e-9, atol=1e-9)
     for k in exact: assert seen[k].allclose(exact[k], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere programs are called from Python, part by part')
+def test_a_compiled_program_lets_other_threads_run():
+    "While it computes, another thread wakes every millisecond; a program that kept Python to itself would let it wake once or twice"
+    def long(x):
+        for _ in range(60): x = x.sin()
+        return x
+    program, x = Fused(long), torch.rand(4_000_000)
+    assert program(x).allclose(long(x), atol=1e-5)
+    woken, done = [], threading.Event()
+    def other():
+        while not done.wait(.001): woken.append(None)
+    waiting = threading.Thread(target=other)
+    waiting.start()
+    before = len(woken)
+    program(x)
+    counted = len(woken) - before
+    done.set()
+    waiting.join()
+    assert counted > 10
 
 
 def test_images_made_ready_are_those_that_are_asked_about():
