@@ -674,8 +674,9 @@ def keep_freed_memory()->bool: # True if the C library took the advice; False wh
     "Ask glibc to reuse freed blocks of any size, in every thread, instead of handing them back to the kernel"
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return False # another C library, or another system
-    mmap_max, arena_max, trim_threshold = -4, -8, -1 # M_MMAP_MAX and so on of malloc.h
-    return all([mallopt(mmap_max, 0), mallopt(arena_max, 1), mallopt(trim_threshold, -1)]) # -1: never trim
+    mmap_max, arena_max, trim_threshold, top_pad = -4, -8, -1, -2 # M_MMAP_MAX and so on of malloc.h
+    advice = {mmap_max: 0, arena_max: 1, trim_threshold: -1, top_pad: 2**26} # never trim; 64 MB at a time
+    return all([mallopt(what, value) for what,value in advice.items()])
 
 # %% ../nbs/02_maml.ipynb #0000002e
 class Damaged(ValueError):
