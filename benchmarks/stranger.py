@@ -4,7 +4,7 @@
     python benchmarks/stranger.py quickstart --methods maml --at-once
     python benchmarks/stranger.py bench             speed against the naive loop; --ways 'naive,written out,fast' compiles, too
     python benchmarks/stranger.py tests             the test command in a fresh clone, installation included
-    python benchmarks/stranger.py quickstart --held-to-avx2
+    python benchmarks/stranger.py quickstart --held-to-avx2       AVX2 on a machine that has more; the record's name begins with held-
 
 Records go to nbs/results/strangers/, from where the README reads them. Start it with nothing else running.
 """
@@ -55,7 +55,7 @@ def key(env):
 def keep(name, record, env):
     "A record of this project, with its machine."
     records.mkdir(parents=True, exist_ok=True)
-    path = records / f'{name}-{key(env)}.json'
+    path = records / f"{'held-' if record['held_back'] else ''}{name}-{key(env)}.json"
     path.write_text(json.dumps({**record, **seen(env)}) + '\n', encoding='utf-8')
     print(f'{path}: {record["wall_seconds"]} s', flush=True)
 
