@@ -1,6 +1,7 @@
 """The loss of every outer step of the runs behind a table: makes nbs/results/traces.json, for chapter 3.
 
     python benchmarks/traces.py RUNS        RUNS: the folder that `mamlpp reproduce claims-small --out RUNS` worked in
+    python benchmarks/traces.py RUNS --table stability-tenth       makes nbs/results/traces-stability-tenth.json, for chapter 20
 
 The table's records keep means for each epoch; a run's own folder (chapter 15) has every step's loss. Nothing is
 trained here.
@@ -13,8 +14,8 @@ from pathlib import Path
 from mamlpp_nb.files import write_safely
 from mamlpp_nb.runs import read_config, read_metrics
 
-path = Path(__file__).parent.parent / 'nbs/results/traces.json'
-table, rows = 'claims-small', ('20w1s-*-strided-*', '5w1s-maml-steps-*', '5w1s-maml-rate-*', '5w1s-maml-tasks-2')
+results = Path(__file__).parent.parent / 'nbs/results'
+rows = {'claims-small': ('20w1s-*-strided-*', '5w1s-maml-steps-*', '5w1s-maml-rate-*', '5w1s-maml-tasks-2'), 'stability-tenth': ('*',)}
 
 
 def trace(folder):
@@ -30,12 +31,15 @@ def trace(folder):
 if __name__ == '__main__':
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument('runs', type=Path, help='the folder of the runs')
+    options.add_argument('--table', default='claims-small', choices=list(rows), help='whose runs')
+    asked = options.parse_args()
     found, origins = {}, []
-    for folder in sorted((options.parse_args().runs/table).iterdir()):
+    for folder in sorted((asked.runs/asked.table).iterdir()):
         row, _, seed = folder.name.rpartition('-seed')
-        if not any(fnmatch.fnmatch(row, r) for r in rows) or not (folder/'test.json').exists(): continue # not whole
+        if not any(fnmatch.fnmatch(row, r) for r in rows[asked.table]) or not (folder/'test.json').exists(): continue # not whole
         origin, found.setdefault(row, {})[seed] = trace(folder)
         if origin not in origins: origins.append(origin)
-    record = {'table': table, **origins[-1], 'origins': origins, 'runs': found}
+    record = {'table': asked.table, **origins[-1], 'origins': origins, 'runs': found}
+    path = results / ('traces.json' if asked.table == 'claims-small' else f'traces-{asked.table}.json')
     write_safely(path, lambda draft: draft.write_text(json.dumps(record) + '\n'))
     print(*(f'{row}: seeds {", ".join(seeds)}' for row, seeds in found.items()), sep='\n')
