@@ -258,9 +258,9 @@ def test_a_network_of_the_readers_own_learns_too(drawn):
     assert all(torch.isfinite(torch.tensor(p.loss)) for p in itertools.islice(loop, 3))
 
 
-@pytest.mark.parametrize('earlier, megabytes', [(0, 100), (4, 20)], ids=['no thread came first', 'threads came first'])
-def test_what_was_freed_is_used_again_in_every_thread(earlier, megabytes):
-    "A tensor larger than any block that glibc keeps by itself, and if possible than the heap of a thread"
+@pytest.mark.parametrize('earlier, megabytes, rounds', [(0, 100, 4), (4, 20, 16)], ids=['no thread came first', 'threads came first'])
+def test_what_was_freed_is_used_again_in_every_thread(earlier, megabytes, rounds):
+    "Tensors larger than any block that glibc keeps by itself; if no thread came first, than the heap of a thread, too"
     code = f"""
 import resource, threading, torch
 from concurrent.futures import ThreadPoolExecutor
@@ -278,13 +278,13 @@ def come_first():
 with ThreadPoolExecutor({max(earlier, 1)}) as pool: list(pool.map(lambda _: come_first(), range({earlier})))
 kept = keep_freed_memory()
 fill(4)
-in_threads(16)
+in_threads({rounds})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-in_threads(16)
+in_threads({rounds})
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     without_advice = {k: v for k, v in os.environ.items() if k != 'GLIBC_TUNABLES'}
     done = subprocess.run([sys.executable, '-c', code], env=without_advice, capture_output=True, text=True, check=True)
     kept, pages = done.stdout.split()
     if kept == 'False': pytest.skip('another C library than glibc')
-    assert int(pages) < 64 * megabytes * 256 / 10 # a tenth of the pages, of 4 KB, that the 64 tensors have
+    assert int(pages) < 1000 # of 4 KB; the tensors have more than 300,000
