@@ -21,7 +21,8 @@ from PIL import Image
 from mamlpp_nb.machine import provenance
 from mamlpp_nb.tasks import characters
 
-os.environ |= {'TQDM_DISABLE': '1', 'MAMLPP_PHOTOS': '0'} # a progress bar says nothing on a page, and photographs of mini-ImageNet must not be passed on
+# a progress bar says nothing on a page, and photographs of mini-ImageNet must not be passed on
+os.environ |= {'TQDM_DISABLE': '1', 'MAMLPP_PHOTOS': '0'}
 nbs = Path(__file__).parent.parent / 'nbs'
 log = nbs / 'results/chapters.json'
 
@@ -33,7 +34,8 @@ def smaller(notebook):
         if not whole: continue
         kept, drawn = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(whole))).convert('RGB')
         drawn.quantize(256, dither=Image.Dither.NONE).save(kept, 'PNG', optimize=True)
-        if kept.tell() < len(base64.b64decode(whole)): output['data']['image/png'] = base64.b64encode(kept.getvalue()).decode() + '\n'
+        if kept.tell() < len(base64.b64decode(whole)):
+            output['data']['image/png'] = base64.b64encode(kept.getvalue()).decode() + '\n'
 
 
 names = sys.argv[1:] or sorted(p.stem for p in nbs.glob('[!_]*.ipynb'))

@@ -2,11 +2,13 @@
 
     python benchmarks/stranger.py quickstart        MAML++ and MAML, seeds 0 to 2, each with caches of its own
     python benchmarks/stranger.py quickstart --methods maml --at-once
-    python benchmarks/stranger.py bench             speed against the naive loop; --ways 'naive,written out,fast' compiles, too
+    python benchmarks/stranger.py bench             speed against the naive loop
+    python benchmarks/stranger.py bench --ways 'naive,written out,fast'                   compiled, too
     python benchmarks/stranger.py tests             the test command in a fresh clone, installation included
-    python benchmarks/stranger.py quickstart --held-to-avx2       AVX2 on a machine that has more; the record's name begins with held-
+    python benchmarks/stranger.py quickstart --held-to-avx2       AVX2 on a machine that has more
 
-Records go to nbs/results/strangers/, from where the README reads them. Start it with nothing else running.
+The name of a record of the last kind begins with held-. Records go to nbs/results/strangers/, from where the README
+reads them. Start it with nothing else running.
 """
 import argparse
 import json
@@ -34,8 +36,10 @@ def environment(caches, held_back):
 
 def seen(env):
     "What torch and oneDNN say they use: does holding back take effect?"
-    code = 'import torch; torch.nn.functional.conv2d(torch.rand(2,8,8,8), torch.rand(8,8,3,3)); from mamlpp_nb.machine import processor; print(processor())'
-    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={**env, 'ONEDNN_VERBOSE': '1'}).stdout
+    code = ('import torch; torch.nn.functional.conv2d(torch.rand(2,8,8,8), torch.rand(8,8,3,3)); '
+            'from mamlpp_nb.machine import processor; print(processor())')
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                          env={**env, 'ONEDNN_VERBOSE': '1'}).stdout
     isa = re.search(r'cpu,isa:(.*)', said)
     return {'processor': said.splitlines()[-1], 'onednn': isa[1].strip() if isa else None}
 
@@ -62,7 +66,8 @@ def keep(name, record, env):
 
 def quickstart(chosen):
     runs = [(method, seed) for method in chosen.methods for seed in range(3)]
-    with ThreadPoolExecutor(len(runs) if chosen.at_once else 1) as pool: list(pool.map(lambda run: one_quickstart(chosen, *run), runs))
+    with ThreadPoolExecutor(len(runs) if chosen.at_once else 1) as pool:
+        list(pool.map(lambda run: one_quickstart(chosen, *run), runs))
 
 
 def one_quickstart(chosen, method, seed):
@@ -82,7 +87,8 @@ def bench(chosen):
         env, made = environment(folder, chosen.held_to_avx2), Path(folder, 'record.json')
         words = ['bench', '--ways', chosen.ways, '--device', 'cpu', '--record', str(made)]
         wall = timed([sys.executable, '-m', 'mamlpp_nb.cli', *words], env)
-        keep('bench', {**json.loads(made.read_text(encoding='utf-8')), 'wall_seconds': wall, 'held_back': chosen.held_to_avx2}, env)
+        keep('bench', {**json.loads(made.read_text(encoding='utf-8')), 'wall_seconds': wall,
+                       'held_back': chosen.held_to_avx2}, env)
 
 
 def tests(chosen):
@@ -92,7 +98,8 @@ def tests(chosen):
         env = environment(folder, chosen.held_to_avx2)
         subprocess.run(['git', 'clone', '-q', str(root), f'{folder}/clone'], check=True)
         wall = timed(['bash', '-c', command], env, f'{folder}/clone')
-        keep('tests', {'command': command, 'data': bool(os.environ.get('MAMLPP_DATA')), 'wall_seconds': wall, 'held_back': chosen.held_to_avx2, **provenance('cpu')}, env)
+        keep('tests', {'command': command, 'data': bool(os.environ.get('MAMLPP_DATA')), 'wall_seconds': wall,
+                       'held_back': chosen.held_to_avx2, **provenance('cpu')}, env)
 
 
 if __name__ == '__main__':
@@ -101,8 +108,10 @@ if __name__ == '__main__':
     parser.add_argument('--held-to-avx2', action='store_true')
     parser.add_argument('--data', default='omniglot', choices=['omniglot', 'glyphs'])
     parser.add_argument('--methods', nargs='+', default=['mamlpp', 'maml'])
-    parser.add_argument('--ways', default='naive,written out', help='of `mamlpp bench`; with fast, the compiler is waited for')
-    parser.add_argument('--at-once', action='store_true', help='all seeds side by side, a thread each: accuracies, no times')
+    parser.add_argument('--ways', default='naive,written out',
+                        help='of `mamlpp bench`; with fast, the compiler is waited for')
+    parser.add_argument('--at-once', action='store_true',
+                        help='all seeds side by side, a thread each: accuracies, no times')
     arguments = parser.parse_args()
     print(processor(), flush=True)
     {'quickstart': quickstart, 'bench': bench, 'tests': tests}[arguments.what](arguments)

@@ -39,7 +39,8 @@ def test_preparing_an_episode(benchmark):
 
 def test_evaluating_twenty_tasks(benchmark):
     net = Conv4(5, filters=32)
-    benchmark.pedantic(lambda: evaluate(task_batched(net), maml_parameters(net), EpisodeSampler(glyphs()['test']), 20), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(lambda: evaluate(task_batched(net), maml_parameters(net), EpisodeSampler(glyphs()['test']), 20),
+                       rounds=5, warmup_rounds=1)
 
 
 def test_a_classifier_from_five_images(benchmark):

@@ -17,14 +17,14 @@ from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 from .machine import peak_memory, pick_device, processor, provenance
 from .progress import Plan, seconds_of, tell
-from .files import cache_folder, write_safely
+from .files import write_safely
 from .tasks import ClassImages, EpisodeSampler
 from .network import Conv4, task_batched
 from .maml import Learner, OuterSteps, keep_freed_memory, meta_gradient, row
 from .multi_step import naive_graded_loss
 from .mamlpp import find_method, loss_parts, method_parameters
 from .adjoint import adjoint_gradient, autograd_calculus
-from .passes import conv4_calculus
+from .passes import conv4_calculus, programs_folder
 from .speed import all_at_once, fast_gradient, fused_adam, replay_on, autograd_by_task
 from .config import Config, configure, image_shape, step_operations
 
@@ -338,7 +338,7 @@ def bench(
     first, *others = workloads
     names = [first, f'{first}-maml', *others] if workload == 'all' else [workload]
     keep_freed_memory()
-    cold = not (cache_folder()/'compiled').exists()
+    cold = not programs_folder().exists()
     chosen = {name: find_workload(name) for name in names} # refuse before the first is measured
     if grow: rows = scaling(device, ways[-1], names[0], rounds=rounds)
     else:

@@ -3,7 +3,8 @@ import os
 
 os.environ.setdefault('TQDM_DISABLE', '1')
 if 'PYTEST_XDIST_WORKER' in os.environ: # tests run side by side: one thread each, also in the processes they start
-    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'TORCHINDUCTOR_COMPILE_THREADS'): os.environ.setdefault(name, '1')
+    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'TORCHINDUCTOR_COMPILE_THREADS'):
+        os.environ.setdefault(name, '1')
 
 import dataclasses
 
@@ -15,13 +16,16 @@ from mamlpp_nb import tasks
 from mamlpp_nb.layouts import find_omniglot
 from mamlpp_nb.tasks import ClassImages, glyphs, omniglot
 from mamlpp_nb.config import Config
+from mamlpp_nb.runs import read_metrics
 
 tasks.data_sets['glyphs'] = glyphs # drawn once in a process; no cache folder is touched
 
-small_run = Config(data='glyphs', n_way=3, filters=4, n_steps=2, n_tasks=2, epochs=3, iterations=3, multi_step_epochs=1, first_order_epochs=1,
-                   average=.5, validation_tasks=4, test_tasks=4, keep=2) # a second or two
-tiny_run = dataclasses.replace(small_run, filters=2, n_steps=1, n_tasks=1, epochs=2, iterations=2, outer_lr=.01, average=.3, validation_tasks=3,
-                               keep=1, seed=10) # the second epoch is the best: the first one's file is removed
+small_run = Config(data='glyphs', n_way=3, filters=4, n_steps=2, n_tasks=2, epochs=3, iterations=3,
+                   multi_step_epochs=1, first_order_epochs=1, average=.5, validation_tasks=4, test_tasks=4,
+                   keep=2) # a second or two
+tiny_run = dataclasses.replace(small_run, filters=2, n_steps=1, n_tasks=1, epochs=2, iterations=2, outer_lr=.01,
+                               average=.3, validation_tasks=3, keep=1,
+                               seed=10) # the second epoch is the best: the first one's file is removed
 
 
 @pytest.fixture(scope='session')
@@ -52,13 +56,22 @@ def files(drawn, tmp_path_factory):
         for c in range(n_classes):
             place = folder / s / drawn[s].names[c]
             place.mkdir(parents=True)
-            for i, image in enumerate(drawn[s].of_class(c)[:4]): Image.fromarray(image[0].numpy()).save(place / f'{i}.png')
+            for i, image in enumerate(drawn[s].of_class(c)[:4]):
+                Image.fromarray(image[0].numpy()).save(place / f'{i}.png')
     return folder
 
 
 def double(e):
     "The same episodes in float64."
     return e.each(lambda t: t.double() if t.is_floating_point() else t)
+
+
+def quiet(text): "For what a command would say."
+
+
+def no_clock(folder):
+    "The metrics of a run, without what differs from run to run."
+    return [{k: v for k, v in r.items() if k not in ('seconds', 'memory_gb')} for r in read_metrics(folder)]
 
 
 def numbered(counts, split='train', size=2):
@@ -69,7 +82,8 @@ def numbered(counts, split='train', size=2):
     return ClassImages(images.view(n, 1, size, size), counts, [f'class{i}' for i in range(len(counts))], split)
 
 
-_longest = ('never_stopped', 'two_processes', 'without_a_compiler', 'compiled_pass', 'captured_step', 'many_small_pieces', 'end_with_their_exit_codes')
+_longest = ('never_stopped', 'two_processes', 'without_a_compiler', 'compiled_pass', 'captured_step',
+            'many_small_pieces', 'end_with_their_exit_codes')
 
 
 def pytest_collection_modifyitems(items):

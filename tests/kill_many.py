@@ -7,7 +7,8 @@ The run is tiny or small. What is done to it, one after the other:
     files        it dies at the first file operation, the second, ... once at each
     disk=BYTES   no file may grow beyond this size, then there is no limit
 
-Prints a line of JSON for each. Every run is forked from this process, which has everything imported and starts no thread.
+Prints a line of JSON for each. Every run is forked from this process,
+which has everything imported and starts no thread.
 """
 import faulthandler
 import functools
@@ -21,7 +22,8 @@ import sys
 import time
 from pathlib import Path
 
-for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[name] = '1' # a fork keeps no thread but its own
+for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'):
+    os.environ[name] = '1' # a fork keeps no thread but its own
 
 import torch
 from safetensors.torch import load_file
@@ -66,12 +68,16 @@ def ended(child, most=60):
 def same(config, folder, reference):
     "Weights, Adam's state, running average, the best models and the log, all but the clock."
     names = sorted(p.name for p in reference.glob('*.safetensors'))
-    if names != sorted(p.name for p in folder.glob('*.safetensors')) and sorted({*names} - {'previous.safetensors'}) != sorted({p.name for p in folder.glob('*.safetensors')} - {'previous.safetensors'}): return False
+    if (names != sorted(p.name for p in folder.glob('*.safetensors'))
+            and sorted({*names} - {'previous.safetensors'}) != sorted(
+                {p.name for p in folder.glob('*.safetensors')} - {'previous.safetensors'})):
+        return False
     for name in names:
         if name == 'previous.safetensors': continue # which one this is depends on when the last stop was
         a, b = load_file(reference / name), load_file(folder / name)
         if set(a) != set(b) or not all(torch.equal(a[k], b[k]) for k in a): return False
-    logs = [[{k: v for k, v in row.items() if k not in ('seconds', 'memory_gb')} for row in read_metrics(f)] for f in (reference, folder)]
+    logs = [[{k: v for k, v in row.items() if k not in ('seconds', 'memory_gb')} for row in read_metrics(f)]
+            for f in (reference, folder)]
     return logs[0] == logs[1] and len(logs[0]) == config.epochs
 
 

@@ -8,10 +8,13 @@ class Tape(TorchDispatchMode):
     "Like a capture, it refuses looks at values, and freezes every number that is not in a tensor"
     refused = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
 
-    def __init__(self): super().__init__(); self.calls = []
+    def __init__(self):
+        super().__init__()
+        self.calls = []
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        if f in self.refused: raise RuntimeError(f'{f} looks at a value: operation not permitted when stream is capturing')
+        if f in self.refused:
+            raise RuntimeError(f'{f} looks at a value: operation not permitted when stream is capturing')
         out = f(*args, **kwargs or {})
         self.calls.append((f, args, kwargs or {}, out))
         return out
@@ -27,7 +30,7 @@ class Tape(TorchDispatchMode):
 
 
 def capture(step):
-    "Stands for `mamlpp_nb.speed.capture`: a few steps as they are, then one written down, which a capture doesn't carry out"
+    "In place of `mamlpp_nb.speed.capture`: a few steps, then one that is written down and, as there, not carried out"
     for _ in range(3): step()
     with Tape() as tape: step()
     return tape.replay

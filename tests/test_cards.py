@@ -21,7 +21,8 @@ def test_a_row_of_the_card_comes_out_again(model, way, shot):
     row = sizes_table(grade_sizes(model, test, (way,), (shot,))).splitlines()[-1]
     card = (models_folder / f'{model}.md').read_text(encoding='utf-8')
     there = next(line for line in card.splitlines() if line.startswith(f'| {way} | {shot} |'))
-    def numbers(line): return [float(w) for w in line.replace('|', ' ').replace('±', ' ').replace('→', ' ').split() if w != '-']
+    def numbers(line):
+        return [float(w) for w in line.replace('|', ' ').replace('±', ' ').replace('→', ' ').split() if w != '-']
     assert np.allclose(numbers(row), numbers(there), atol=.3) # another processor rounds otherwise
 
 
@@ -37,7 +38,8 @@ def test_the_calibration_of_a_packaged_model_covers_what_its_card_grades(model):
 
 def test_strangers_are_of_a_class_that_was_not_taught(drawn):
     a, = ask('omniglot', drawn['test'], 3, 2, n_tasks=1, n_target=4)
-    assert a.outputs.shape == (12, 3) and a.strangers.shape == (4, 3) and sorted(a.truth.tolist()) == [0]*4 + [1]*4 + [2]*4
+    assert (a.outputs.shape == (12, 3) and a.strangers.shape == (4, 3)
+            and sorted(a.truth.tolist()) == [0]*4 + [1]*4 + [2]*4)
 
 
 def test_a_model_without_calibration_gets_grades_all_the_same(drawn, tmp_path):
@@ -57,13 +59,18 @@ def test_calibration_error_and_temperature_by_hand():
 
 
 def test_the_command_names_what_is_wrong(capsys, tmp_path):
-    for words, named in ((['nothing'], 'no model'), (['omniglot', '--ways', 'two'], 'ways must be whole numbers'), (['omniglot', '--shots', '0'], 'shots must be'),
+    for words, named in ((['nothing'], 'no model'),
+                         (['omniglot', '--ways', 'two'], 'ways must be whole numbers'),
+                         (['omniglot', '--shots', '0'], 'shots must be'),
                          (['omniglot', '--tasks', '1'], 'tasks must be at least 2')):
         assert main(['card', *words]) == 2 and named in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not find_omniglot(), reason='the packaged model is graded on Omniglot, which is not under the data root')
+@pytest.mark.skipif(not find_omniglot(),
+                    reason='the packaged model is graded on Omniglot, which is not under the data root')
 def test_the_command_prints_and_keeps_what_it_measured(capsys, tmp_path):
-    assert main(['card', 'omniglot', '--ways', '2', '--shots', '1', '--tasks', '4', '--record', str(tmp_path / 'r.json'), '--json']) == 0
+    assert main(['card', 'omniglot', '--ways', '2', '--shots', '1', '--tasks', '4',
+                 '--record', str(tmp_path / 'r.json'), '--json']) == 0
     said, kept = capsys.readouterr().out, json.loads((tmp_path / 'r.json').read_text())
-    assert json.loads(said.splitlines()[-1])['rows'] == kept['rows'] and kept['commit'] and kept['device'] and sizes_table(kept['rows']) in said
+    assert (json.loads(said.splitlines()[-1])['rows'] == kept['rows'] and kept['commit'] and kept['device']
+            and sizes_table(kept['rows']) in said)

@@ -1,4 +1,5 @@
-"The road of a GPU: the same numbers as a CPU's, steps replayed as graphs, seeds at once, and a run that goes on to the bit."
+"""The road of a GPU: the same numbers as a CPU's, steps replayed as graphs, seeds at once,
+and a run that goes on to the bit."""
 import dataclasses
 
 import pytest
@@ -21,8 +22,8 @@ from mamlpp_nb.training import train_and_test
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
 use_float32()
 
-run = Config(data='glyphs', n_way=3, filters=8, n_steps=2, n_tasks=2, epochs=3, iterations=4, multi_step_epochs=1, first_order_epochs=1,
-             average=.5, validation_tasks=4, test_tasks=4, keep=2)
+run = Config(data='glyphs', n_way=3, filters=8, n_steps=2, n_tasks=2, epochs=3, iterations=4, multi_step_epochs=1,
+             first_order_epochs=1, average=.5, validation_tasks=4, test_tasks=4, keep=2)
 
 
 @pytest.mark.parametrize('strided', [False, True])
@@ -37,9 +38,12 @@ def test_a_gpu_agrees_with_the_naive_loop_on_a_cpu(drawn, method, strided):
     loss = naive_graded_loss(net, meta, e, weights, parts['second_order'])
     exact = torch.autograd.grad(loss, list(meta.learned().values()), materialize_grads=True)
     there = e.each(torch.Tensor.cuda)
-    found = fast_gradient(moved)(task_batched(moved), method_parameters(find_method(method), moved, there.support_x[0], 3), there, n_steps=3, **{k: v for k, v in parts.items() if k != 'n_steps'})
+    found = fast_gradient(moved)(task_batched(moved),
+                                 method_parameters(find_method(method), moved, there.support_x[0], 3), there,
+                                 n_steps=3, **{k: v for k, v in parts.items() if k != 'n_steps'})
     assert abs(found[0].item() - loss.item()) < 1e-9
-    assert gradient_error([found[2][k].cpu() for k in meta.learned() if k in found[2]], [g for k, g in zip(meta.learned(), exact) if k in found[2]]) < 1e-8
+    assert gradient_error([found[2][k].cpu() for k in meta.learned() if k in found[2]],
+                          [g for k, g in zip(meta.learned(), exact) if k in found[2]]) < 1e-8
 
 
 @pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.weekly)])
@@ -51,8 +55,11 @@ def test_full_width(drawn, strided, compiled):
     meta = method_parameters(find_method('mamlpp'), exact, double(e).support_x[0])
     truth = fast_gradient(exact)(task_batched(exact), meta, double(e), **parts)[2]
     there = e.each(torch.Tensor.cuda)
-    g = fast_gradient(net, compiled)(task_batched(net), method_parameters(find_method('mamlpp'), net, there.support_x[0]), there, **parts)[2]
-    assert gradient_error([g[k].cpu().double() for k in truth], list(truth.values())) < 1e-3 # a maximum may fall to another place
+    g = fast_gradient(net, compiled)(task_batched(net),
+                                     method_parameters(find_method('mamlpp'), net, there.support_x[0]), there,
+                                     **parts)[2]
+    # a maximum may fall to another place
+    assert gradient_error([g[k].cpu().double() for k in truth], list(truth.values())) < 1e-3
 
 
 def learners(drawn, seeds):
@@ -67,13 +74,17 @@ def learners(drawn, seeds):
 
 def test_a_replayed_step_is_the_launched_step_and_seeds_go_on_at_once(drawn):
     parts, ends = {'n_steps': 2, 'loss_weights': [.5, .5], 'second_order': True}, {}
-    for mark, replayed, seeds in (('launched', None, (0,)), ('replayed', replay_on('cuda'), (0,)), ('three', replay_on('cuda'), (0, 1, 2))):
+    for mark, replayed, seeds in (('launched', None, (0,)), ('replayed', replay_on('cuda'), (0,)),
+                                  ('three', replay_on('cuda'), (0, 1, 2))):
         net, ls = learners(drawn, seeds)
-        steps = OuterSteps(task_batched(net), ls, 2, fast_gradient(net), longest=5, together=all_at_once, replayed=replayed)
+        steps = OuterSteps(task_batched(net), ls, 2, fast_gradient(net), longest=5, together=all_at_once,
+                           replayed=replayed)
         log = torch.cat([steps.run(0, 5, **parts), steps.run(5, 5, 1e-4, **parts)])
         ends[mark] = log[:, 0], torch.cat([t.detach().flatten() for t in ls[0].meta.learned().values()])
-    assert torch.equal(ends['launched'][1], ends['replayed'][1]) and torch.equal(ends['launched'][0], ends['replayed'][0])
-    assert torch.allclose(ends['launched'][0], ends['three'][0], atol=1e-4) and torch.allclose(ends['launched'][1], ends['three'][1], atol=1e-3)
+    assert (torch.equal(ends['launched'][1], ends['replayed'][1])
+            and torch.equal(ends['launched'][0], ends['replayed'][0]))
+    assert (torch.allclose(ends['launched'][0], ends['three'][0], atol=1e-4)
+            and torch.allclose(ends['launched'][1], ends['three'][1], atol=1e-3))
 
 
 def test_adaptation_and_predictions_agree(drawn):
@@ -100,7 +111,8 @@ def test_a_run_stops_goes_on_and_ends_to_the_bit(drawn, tmp_path):
     for _ in range(40):
         if status == 'complete': break
         status = train_and_test(configs, folders('pieces'), drawn, world, minutes=1e-9, compiled=False)
-        if status != 'complete': status = train_and_test(configs, folders('pieces'), drawn, world, minutes=.02, compiled=False)
+        if status != 'complete':
+            status = train_and_test(configs, folders('pieces'), drawn, world, minutes=.02, compiled=False)
     assert status == 'complete'
     for a, b in zip(folders('whole'), folders('pieces')):
         one, other = (load_file(f / 'last.safetensors') for f in (a, b))

@@ -27,7 +27,8 @@ drawings = [png(i) for i in range(9)]
 def small_omniglot(root, zipped, per_class=1):
     "Omniglot's tree with all its 1,623 classes but few drawings."
     for half, n in (('images_background', 964), ('images_evaluation', 659)):
-        files = {f'{half}/Alphabet_{half[7]}/character{c:04d}/{c:04d}_{d:02d}.png': drawings[(c + d) % 9] for c in range(n) for d in range(per_class)}
+        files = {f'{half}/Alphabet_{half[7]}/character{c:04d}/{c:04d}_{d:02d}.png': drawings[(c + d) % 9]
+                 for c in range(n) for d in range(per_class)}
         root.mkdir(parents=True, exist_ok=True)
         if zipped:
             with zipfile.ZipFile(root / f'{half}.zip', 'w') as z:
@@ -48,7 +49,8 @@ def test_omniglot_is_found_zipped(tmp_path, own_cache, layout):
     assert splits['train'].images.shape == (1623, 1, 28, 28) and splits['train'].images.unique().tolist() == [0, 255]
 
 
-def test_folders_and_zips_give_the_same_pixels_and_the_second_time_comes_from_the_cache(tmp_path, own_cache, monkeypatch):
+def test_folders_and_zips_give_the_same_pixels_and_the_second_time_comes_from_the_cache(
+        tmp_path, own_cache, monkeypatch):
     small_omniglot(tmp_path / 'a/omniglot', zipped=True)
     small_omniglot(tmp_path / 'b/omniglot', zipped=False)
     a, b = omniglot(tmp_path / 'a'), omniglot(tmp_path / 'b')
@@ -78,7 +80,8 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     (tmp_path / 'x').write_text('')
     one = tasks.ClassImages(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), [1], ['a'])
-    with pytest.warns(UserWarning, match='could not keep'): assert len(cached('few', [tmp_path / 'x'], lambda: one)) == 1
+    with pytest.warns(UserWarning, match='could not keep'):
+        assert len(cached('few', [tmp_path / 'x'], lambda: one)) == 1
 
 
 def test_missing_omniglot_names_both_ways_out(tmp_path, own_cache, monkeypatch):
@@ -104,7 +107,8 @@ def test_half_an_omniglot_is_refused(tmp_path, own_cache):
     with pytest.raises(ValueError, match='1 character classes.*1623'): omniglot(tmp_path)
 
 
-@pytest.mark.parametrize('content', [b'', b'no image at all', drawings[0][:200], drawings[0][:-40]], ids=['empty', 'text', 'cut', 'cut late'])
+@pytest.mark.parametrize('content', [b'', b'no image at all', drawings[0][:200], drawings[0][:-40]],
+                         ids=['empty', 'text', 'cut', 'cut late'])
 @pytest.mark.parametrize('zipped', [False, True])
 def test_an_unreadable_image_is_named(tmp_path, content, zipped):
     source = tmp_path / 'data'
@@ -158,7 +162,8 @@ def test_the_data_root_is_where_the_environment_says(tmp_path, monkeypatch):
 
 def photo(seed, size=(84, 84)):
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(buffer, 'jpeg')
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(
+        buffer, 'jpeg')
     return buffer.getvalue()
 
 
@@ -174,12 +179,14 @@ def in_layout(layout, root, n_classes, n_images=2):
                     name = f'n{split}{c}{i:08d}.jpg'
                     lines.append(f'{name},n{split}{c}')
                 if layout == 'folders': path = root / name
-                if layout in ('tables, a folder', 'tables, nested'): path = root / 'images' / ('' if 'folder' in layout else f'n{split}{c}') / name
+                if layout in ('tables, a folder', 'tables, nested'):
+                    path = root / 'images' / ('' if 'folder' in layout else f'n{split}{c}') / name
                 if layout in ('folders', 'tables, a folder', 'tables, nested'):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content)
                 else:
-                    archive = root / ('images.zip' if layout.startswith('tables') else f'{split}_{c % 2}.zip' if layout.startswith('several') else f'{split}.zip')
+                    archive = root / ('images.zip' if layout.startswith('tables')
+                                      else f'{split}_{c % 2}.zip' if layout.startswith('several') else f'{split}.zip')
                     with zipfile.ZipFile(archive, 'a') as z: z.writestr(name, content)
         if layout.startswith('tables'):
             path = root / ('ravi' if 'nested' in layout else '.') / f'{split}.csv'
@@ -187,14 +194,17 @@ def in_layout(layout, root, n_classes, n_images=2):
             path.write_text('\n'.join(lines))
 
 
-@pytest.mark.parametrize('layout', ['folders', 'a zip per split', 'several zips of a split', 'tables, a folder', 'tables, nested', 'tables, a zip'])
+@pytest.mark.parametrize('layout', ['folders', 'a zip per split', 'several zips of a split',
+                                    'tables, a folder', 'tables, nested', 'tables, a zip'])
 def test_mini_imagenet_in_the_layouts_people_have(layout, tmp_path, own_cache):
     n_classes = {'train': 4, 'val': 2, 'test': 3}
     in_layout(layout, tmp_path / 'mini_imagenet', n_classes)
     for _ in range(2): # decoded, then from the cache
         splits = tasks.mini_imagenet(tmp_path)
-        assert {s: len(d) for s, d in splits.items()} == n_classes and {s: d.split for s, d in splits.items()} == {s: s for s in n_classes}
-        assert splits['train'].names == ('ntrain0', 'ntrain1', 'ntrain2', 'ntrain3') and splits['test'].images.shape == (6, 3, 84, 84)
+        assert ({s: len(d) for s, d in splits.items()} == n_classes
+                and {s: d.split for s, d in splits.items()} == {s: s for s in n_classes})
+        assert (splits['train'].names == ('ntrain0', 'ntrain1', 'ntrain2', 'ntrain3')
+                and splits['test'].images.shape == (6, 3, 84, 84))
         expected = np.asarray(Image.open(io.BytesIO(photo(11)))).transpose(2, 0, 1)
         assert (splits['train'].of_class(1)[1].numpy() == expected).all()
     assert len(list(own_cache.glob('mini-imagenet-*.safetensors'))) == 3
@@ -204,7 +214,8 @@ def test_tables_of_mini_imagenet_that_do_not_fit(tmp_path, own_cache):
     root = tmp_path / 'mini_imagenet'
     in_layout('tables, a folder', root, {'train': 2, 'val': 2, 'test': 2})
     (root / 'images/nval100000001.jpg').unlink()
-    with pytest.raises(ValueError, match='1 of the 4 images .*val.csv names .* nval100000001.jpg'): tasks.mini_imagenet(tmp_path)
+    with pytest.raises(ValueError, match='1 of the 4 images .*val.csv names .* nval100000001.jpg'):
+        tasks.mini_imagenet(tmp_path)
     (root / 'val.csv').write_text('file,class\na,b\n')
     with pytest.raises(ValueError, match='columns filename and label'): tasks.mini_imagenet(tmp_path)
     assert not list(own_cache.glob('*val*')) # nothing half made is kept
@@ -223,7 +234,8 @@ def test_duplicates_on_the_real_photographs():
     try: splits = tasks.mini_imagenet()
     except FileNotFoundError: pytest.skip('no mini-ImageNet under the data root (set MAMLPP_DATA)')
     groups = tasks.find_duplicates(splits)
-    assert len(groups) == 8 and sum({s for s, *_ in g} == {'train', 'val'} for g in groups) == 6 and not any(s == 'test' for g in groups for s, *_ in g)
+    assert (len(groups) == 8 and sum({s for s, *_ in g} == {'train', 'val'} for g in groups) == 6
+            and not any(s == 'test' for g in groups for s, *_ in g))
 
 
 def test_missing_data_sets_are_named(tmp_path, monkeypatch):
@@ -233,7 +245,8 @@ def test_missing_data_sets_are_named(tmp_path, monkeypatch):
 
 
 def test_a_small_zip_that_holds_gigabytes_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / 'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('a/b.png', bytes(100_000_000))
+    with zipfile.ZipFile(tmp_path / 'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        z.writestr('a/b.png', bytes(100_000_000))
     assert (tmp_path / 'bomb.zip').stat().st_size < 200_000
     with pytest.raises(ValueError, match='b.png.*100 MB, more than'): read_classes(list_images(tmp_path / 'bomb.zip'))
 

@@ -10,7 +10,9 @@ root = Path(__file__).parent.parent
 pages = sorted((root / 'nbs').glob('*.ipynb'))
 
 
-def cells(page): return [''.join(c['source']) for c in json.loads(page.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+def cells(page):
+    return [''.join(c['source']) for c in json.loads(page.read_text(encoding='utf-8'))['cells']
+            if c['cell_type'] == 'code']
 
 
 def module_of(page):
@@ -30,8 +32,10 @@ def package_imports(source):
     "Modules of the package that a cell imports, magics left out"
     code = '\n'.join(line for line in source.splitlines() if not line.lstrip().startswith(('%', '!')))
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('mamlpp_nb.'): yield node.module.split('.')[1]
-        if isinstance(node, ast.Import): yield from (a.name.split('.')[1] for a in node.names if a.name.startswith('mamlpp_nb.'))
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('mamlpp_nb.'):
+            yield node.module.split('.')[1]
+        if isinstance(node, ast.Import):
+            yield from (a.name.split('.')[1] for a in node.names if a.name.startswith('mamlpp_nb.'))
 
 
 @pytest.mark.parametrize('page', [p for p in pages if p.stem != 'index'], ids=lambda p: p.stem)
@@ -42,7 +46,8 @@ def test_a_page_imports_from_below(page):
         for module in package_imports(source):
             there = places[module]
             if floor(page) == 2: continue # a tool may use what it likes
-            assert there[0] < own[0] or there[0] == own[0] == 0 or there[0] == own[0] and there[1] <= own[1], f'{page.stem} imports {module}'
+            assert (there[0] < own[0] or there[0] == own[0] == 0
+                    or there[0] == own[0] and there[1] <= own[1]), f'{page.stem} imports {module}'
 
 
 def test_every_module_has_a_page():

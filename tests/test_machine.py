@@ -14,7 +14,9 @@ from mamlpp_nb.progress import Plan, duration
 
 def test_a_record_names_processor_vectors_and_threads():
     model, width, threads = processor().rsplit(', ', 2)
-    assert model and width in ('DEFAULT', 'AVX2', 'AVX512', 'NO AVX', 'NEON', 'SVE', 'SVE256', 'SVE128', 'VSX', 'ZVECTOR') and threads.endswith(' threads')
+    assert (model
+            and width in ('DEFAULT', 'AVX2', 'AVX512', 'NO AVX', 'NEON', 'SVE', 'SVE256', 'SVE128', 'VSX', 'ZVECTOR')
+            and threads.endswith(' threads'))
     assert provenance('cpu')['device'] == f'cpu ({processor()})'
 
 
@@ -27,7 +29,8 @@ def test_memory_is_none_where_the_system_does_not_tell(monkeypatch):
 
 
 def test_the_size_of_a_page(monkeypatch):
-    for names, expected in (({}, 2), ({'MAMLPP_MODE': 'full'}, 3), ({'IN_TEST': '1'}, 1), ({'IN_TEST': '1', 'MAMLPP_MODE': 'full'}, 1)):
+    for names, expected in (({}, 2), ({'MAMLPP_MODE': 'full'}, 3), ({'IN_TEST': '1'}, 1),
+                            ({'IN_TEST': '1', 'MAMLPP_MODE': 'full'}, 1)):
         for k in ('IN_TEST', 'MAMLPP_MODE'): monkeypatch.delenv(k, raising=False)
         for k, v in names.items(): monkeypatch.setenv(k, v)
         assert by_mode(1, 2, 3) == expected
@@ -50,7 +53,8 @@ def test_the_lowest_priority_is_said_also_where_there_is_none(monkeypatch):
 
 
 def test_the_ground_imports_nothing_of_the_book():
-    code = 'import sys, mamlpp_nb.machine, mamlpp_nb.progress; print(sorted(m for m in sys.modules if m.startswith("mamlpp_nb.")))'
+    code = ('import sys, mamlpp_nb.machine, mamlpp_nb.progress; '
+            'print(sorted(m for m in sys.modules if m.startswith("mamlpp_nb.")))')
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "['mamlpp_nb.machine', 'mamlpp_nb.progress']"
 

@@ -1,4 +1,5 @@
-"The batched inner loop is the loop over tasks; the meta-gradient is the exact one; nothing is lost when a run ends badly."
+"""The batched inner loop is the loop over tasks; the meta-gradient is the exact one;
+nothing is lost when a run ends badly."""
 import itertools
 import os
 import subprocess
@@ -9,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mamlpp_nb.maml import (Diverged, MetaParameters, evaluate, gradient_error, inner_loop, load_meta, maml_parameters, meta_loss,
-                            naive_meta_loss, outer_loop, row, save_meta, task_losses, train)
+from mamlpp_nb.maml import (Diverged, MetaParameters, evaluate, gradient_error, inner_loop, load_meta,
+                            maml_parameters, meta_loss, naive_meta_loss, outer_loop, row, save_meta, task_losses, train)
 from mamlpp_nb.network import Conv4, task_batched
 from mamlpp_nb.tasks import EpisodeSampler, Episodes
 
@@ -57,7 +58,8 @@ def test_a_quadratic_tells_the_orders_apart(n_steps):
     meta = MetaParameters({'w': start}, {}, {'w': torch.tensor([alpha], dtype=torch.float64)})
     half_square = lambda out, curvature: (curvature / 2 * out**2).sum(-1)
     def gradient(second_order):
-        *_, last = inner_loop(lambda w, x: w['w'], meta, torch.zeros(2), torch.tensor([[a], [a]]), n_steps, second_order, half_square)
+        *_, last = inner_loop(lambda w, x: w['w'], meta, torch.zeros(2), torch.tensor([[a], [a]]), n_steps,
+                              second_order, half_square)
         return torch.autograd.grad(half_square(last['w'], b).mean(), start)[0]
     factor = 1 - alpha * a
     assert torch.allclose(gradient(True), b * start * factor**(2 * n_steps), rtol=0, atol=1e-10)
@@ -69,7 +71,8 @@ class Smooth(nn.Module):
     def __init__(self):
         super().__init__()
         g = torch.Generator().manual_seed(1)
-        self.conv, self.norm, self.head = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False), nn.Linear(8, 2)
+        self.conv, self.norm, self.head = (
+            nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False), nn.Linear(8, 2))
         for p in self.parameters(): p.data = torch.randn(p.shape, generator=g)
     def forward(self, x): return self.head(self.norm(self.conv(x)).tanh().flatten(1))
 
@@ -88,8 +91,9 @@ def test_the_network_itself_never_changes(drawn):
     net = Conv4(filters=8)
     before = {k: p.clone() for k, p in net.named_parameters()}
     meta = maml_parameters(net)
-    loop = outer_loop(task_batched(net), meta, EpisodeSampler(drawn['train']), torch.optim.Adam(meta.learned().values()))
-    next(loop), next(loop)
+    loop = outer_loop(task_batched(net), meta, EpisodeSampler(drawn['train']),
+                      torch.optim.Adam(meta.learned().values()))
+    for _ in range(2): next(loop)
     assert all(torch.equal(before[k], p) for k, p in net.named_parameters())
     assert not torch.equal(meta.start['conv0.weight'], before['conv0.weight'])
     assert not torch.equal(meta.per_step['norm0.weight'][0], before['norm0.weight'])
@@ -98,7 +102,8 @@ def test_the_network_itself_never_changes(drawn):
 def test_tables_with_more_rows_are_used_row_by_row():
     start = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     meta = MetaParameters({'w': start}, {}, {'w': torch.tensor([1., 10., 100.], dtype=torch.float64)})
-    out = [w['w'].item() for w in inner_loop(lambda w, x: w['w'], meta, torch.zeros(1), None, 4, loss=lambda out, y: -out)]
+    out = [w['w'].item() for w in inner_loop(lambda w, x: w['w'], meta, torch.zeros(1), None, 4,
+                                             loss=lambda out, y: -out)]
     assert out == [1., 11., 111., 211.] # the fourth step takes the last row
     assert row({'a': torch.arange(3.)}, 9)['a'] == 2
 
@@ -106,14 +111,17 @@ def test_tables_with_more_rows_are_used_row_by_row():
 def test_step_sizes_may_be_a_number_a_row_or_a_tensor_per_weight():
     net = Conv4(3, filters=4).double()
     meta, e = maml_parameters(net, .1), noise_episodes(n_tasks=2)
-    full = meta._replace(step_sizes={k: torch.full((5, *w.shape), .1, dtype=torch.float64) for k, w in meta.start.items()})
+    full = meta._replace(step_sizes={k: torch.full((5, *w.shape), .1, dtype=torch.float64)
+                                     for k, w in meta.start.items()})
     losses = [meta_loss(task_batched(net), m, e)[0].item() for m in (meta, full)]
     assert losses[0] == losses[1]
 
 
 def test_target_passes_that_count_nothing_are_not_made():
     net, calls = Conv4(3, filters=4).double(), []
-    def counting(weights, x): calls.append(x.shape[1]); return task_batched(net)(weights, x)
+    def counting(weights, x):
+        calls.append(x.shape[1])
+        return task_batched(net)(weights, x)
     e = noise_episodes()
     meta_loss(counting, maml_parameters(net), e, 5)
     assert calls == [3] * 5 + [6]
@@ -139,18 +147,21 @@ def test_impossible_loss_weights_are_refused(weights):
 
 @pytest.mark.parametrize('label', [3, -1, -100])
 def test_labels_the_network_has_no_output_for_are_refused(label):
-    with pytest.raises(ValueError, match=rf'\[0, 3\).*{label}'): task_losses(torch.zeros(1, 2, 3), torch.tensor([[0, label]]))
+    with pytest.raises(ValueError, match=rf'\[0, 3\).*{label}'):
+        task_losses(torch.zeros(1, 2, 3), torch.tensor([[0, label]]))
 
 
 def test_no_steps_are_refused():
     net = Conv4(3, filters=4).double()
-    with pytest.raises(ValueError, match='at least 1 step'): next(inner_loop(task_batched(net), maml_parameters(net), *[None] * 2, n_steps=0))
+    with pytest.raises(ValueError, match='at least 1 step'):
+        next(inner_loop(task_batched(net), maml_parameters(net), *[None] * 2, n_steps=0))
 
 
 def run(splits, n=3, seed=0, **kw):
     net = Conv4(filters=8, seed=seed)
     meta = maml_parameters(net)
-    loop = outer_loop(task_batched(net), meta, EpisodeSampler(splits['train'], seed=seed, rotate=True), torch.optim.Adam(meta.learned().values(), lr=1e-3), **kw)
+    loop = outer_loop(task_batched(net), meta, EpisodeSampler(splits['train'], seed=seed, rotate=True),
+                      torch.optim.Adam(meta.learned().values(), lr=1e-3), **kw)
     return list(itertools.islice(loop, n)), meta
 
 
@@ -163,10 +174,13 @@ def test_the_same_seed_gives_the_same_numbers_to_the_bit(drawn):
 def test_training_starts_at_the_iteration_asked_for(drawn):
     seen = []
     class Watch(EpisodeSampler):
-        def __call__(self, first, n_tasks=1): seen.append(first); return super().__call__(first, n_tasks)
+        def __call__(self, first, n_tasks=1):
+            seen.append(first)
+            return super().__call__(first, n_tasks)
     net = Conv4(filters=8)
     meta = maml_parameters(net)
-    loop = outer_loop(task_batched(net), meta, Watch(drawn['train']), torch.optim.Adam(meta.learned().values()), n_tasks=3, first=7)
+    loop = outer_loop(task_batched(net), meta, Watch(drawn['train']), torch.optim.Adam(meta.learned().values()),
+                      n_tasks=3, first=7)
     assert [p.iteration for p in itertools.islice(loop, 2)] == [7, 8] and seen == [21, 24]
 
 
@@ -184,13 +198,16 @@ def diverging(splits, at=2):
 
 def test_a_nan_names_the_iteration_and_the_last_good_checkpoint(drawn, tmp_path):
     loop, meta = diverging(drawn)
-    with pytest.raises(Diverged, match=r'iteration 2 .*episodes 8 to 11.*meta\.safetensors') as e: train(loop, meta, 10, checkpoint=tmp_path / 'meta.safetensors')
+    with pytest.raises(Diverged, match=r'iteration 2 .*episodes 8 to 11.*meta\.safetensors') as e:
+        train(loop, meta, 10, checkpoint=tmp_path / 'meta.safetensors')
     kept, about = load_meta(tmp_path / 'meta.safetensors')
     assert about['iterations'] == 2 and all(t.isfinite().all() for t in kept.learned().values())
     reference = maml_parameters(Conv4(filters=8))
-    reference_loop = outer_loop(task_batched(Conv4(filters=8)), reference, EpisodeSampler(drawn['train']), torch.optim.Adam(reference.learned().values()))
+    reference_loop = outer_loop(task_batched(Conv4(filters=8)), reference, EpisodeSampler(drawn['train']),
+                                torch.optim.Adam(reference.learned().values()))
     list(itertools.islice(reference_loop, 2))
-    for name, t in reference.learned().items(): assert torch.equal(t, kept.named()[name]) # nothing of the two good steps is lost
+    for name, t in reference.learned().items():
+        assert torch.equal(t, kept.named()[name]) # nothing of the two good steps is lost
 
 
 def test_an_interrupted_run_keeps_its_weights(drawn, tmp_path):
@@ -207,7 +224,8 @@ def test_train_goes_on_with_a_history_is_watched_and_stops_when_asked(drawn, tmp
     loop, seen = iter(loop), []
     history = train(loop, meta, 2)
     assert len(history) == 2 and train(iter([]), meta, 0) == []
-    again = train(loop, meta, 3, tmp_path / 'm.safetensors', history=history, watch=lambda h: seen.append(len(h)), stop=lambda: len(history) == 4)
+    again = train(loop, meta, 3, tmp_path / 'm.safetensors', history=history,
+                  watch=lambda h: seen.append(len(h)), stop=lambda: len(history) == 4)
     assert again is history and len(history) == 4 and seen == [3, 4]
     assert load_meta(tmp_path / 'm.safetensors')[1]['iterations'] == 4
 
@@ -246,7 +264,9 @@ def test_evaluation_keeps_no_graph(drawn):
     meta = run(drawn, 0)[1]
     assert not evaluate(task_batched(Conv4(filters=8)), meta, EpisodeSampler(drawn['test']), 2).per_task.requires_grad
     with torch.no_grad():
-        for fast in inner_loop(task_batched(Conv4(filters=8)), meta, *[getattr(EpisodeSampler(drawn['test'])(0, 2), k) for k in ('support_x', 'support_y')], second_order=False):
+        for fast in inner_loop(task_batched(Conv4(filters=8)), meta,
+                               *[getattr(EpisodeSampler(drawn['test'])(0, 2), k) for k in ('support_x', 'support_y')],
+                               second_order=False):
             assert not any(w.requires_grad for w in fast.values())
 
 
@@ -254,11 +274,13 @@ def test_a_network_of_the_readers_own_learns_too(drawn):
     own = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.LayerNorm(16), nn.ReLU(), nn.Dropout(.1), nn.Linear(16, 5))
     meta = maml_parameters(own)
     assert set(meta.per_step) == {'2.weight', '2.bias'} # normalisation is left to the outer loop
-    loop = outer_loop(task_batched(own), meta, EpisodeSampler(drawn['train']), torch.optim.Adam(meta.learned().values()))
+    loop = outer_loop(task_batched(own), meta, EpisodeSampler(drawn['train']),
+                      torch.optim.Adam(meta.learned().values()))
     assert all(torch.isfinite(torch.tensor(p.loss)) for p in itertools.islice(loop, 3))
 
 
-@pytest.mark.parametrize('earlier, megabytes, rounds', [(0, 100, 4), (4, 20, 16)], ids=['no thread came first', 'threads came first'])
+@pytest.mark.parametrize('earlier, megabytes, rounds', [(0, 100, 4), (4, 20, 16)],
+                         ids=['no thread came first', 'threads came first'])
 def test_what_was_freed_is_used_again_in_every_thread(earlier, megabytes, rounds):
     "Tensors larger than any block that glibc keeps by itself; if no thread came first, than the heap of a thread, too"
     code = f"""

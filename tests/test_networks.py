@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from mamlpp_nb.maml import (MetaParameters, SineWaves, gradient_error, inner_loop, maml_parameters, meta_loss, naive_meta_loss,
-                            squared_errors)
+from mamlpp_nb.maml import (MetaParameters, SineWaves, gradient_error, inner_loop, maml_parameters, meta_loss,
+                            naive_meta_loss, squared_errors)
 from mamlpp_nb.mamlpp import Schedule, loss_parts, method_parameters, methods
 from mamlpp_nb.multi_step import naive_graded_loss
 from mamlpp_nb.network import Conv4, Perceptron, counted_operations, task_batched
@@ -20,7 +20,8 @@ narrow = (2, 3, 4, 5)
 
 
 def networks(way=3, size=16):
-    return {'resnet12': ResNet12(way, 1, size, narrow).double(), 'perceptron': image_perceptron(way, 1, size, (6, 5)).double()}
+    return {'resnet12': ResNet12(way, 1, size, narrow).double(),
+            'perceptron': image_perceptron(way, 1, size, (6, 5)).double()}
 
 
 @pytest.mark.parametrize('name', networks())
@@ -38,7 +39,8 @@ def test_the_batch_of_tasks_is_each_task_alone(name):
 def test_the_meta_gradient_is_the_naive_one(name, second_order):
     net, e = networks()[name], noise_episodes(n_tasks=2, size=16)
     meta = maml_parameters(net)
-    loss, yardstick = (meta_loss(task_batched(net), meta, e, 2, second_order)[0], naive_meta_loss(net, meta, e, 2, second_order))
+    loss, yardstick = (meta_loss(task_batched(net), meta, e, 2, second_order)[0],
+                       naive_meta_loss(net, meta, e, 2, second_order))
     assert abs(loss - yardstick) < 1e-11
     assert gradient_error(learned_gradients(loss, meta), learned_gradients(yardstick, meta)) < 1e-8
 
@@ -65,7 +67,9 @@ def test_resnet12_takes_images_of_many_sizes(size, left, channels):
 
 
 @pytest.mark.parametrize('arguments, named', [
-    (dict(size=15), '16 is the least'), (dict(widths=(64, 64)), 'four blocks'), (dict(drop_block=1.5), 'between 0 and 1'),
+    (dict(size=15), '16 is the least'),
+    (dict(widths=(64, 64)), 'four blocks'),
+    (dict(drop_block=1.5), 'between 0 and 1'),
     (dict(drop_block=.1, block_size=0), 'block_size')])
 def test_impossible_resnets_are_refused(arguments, named):
     with pytest.raises(ValueError, match=named): ResNet12(**{'widths': narrow, **arguments})
@@ -89,8 +93,8 @@ def test_a_block_is_what_it_says():
     assert torch.allclose(block(x), F.max_pool2d(F.leaky_relu(y, .1), 2), atol=1e-12)
 
 
-@pytest.mark.parametrize('build', [lambda seed: ResNet12(widths=narrow, seed=seed), lambda seed: Perceptron(2, 3, seed=seed)],
-                         ids=['resnet12', 'perceptron'])
+@pytest.mark.parametrize('build', [lambda seed: ResNet12(widths=narrow, seed=seed),
+                                   lambda seed: Perceptron(2, 3, seed=seed)], ids=['resnet12', 'perceptron'])
 def test_weights_come_from_the_seed_alone(build):
     torch.manual_seed(0)
     a = build(3)
@@ -152,7 +156,8 @@ def test_tasks_of_a_batch_drop_different_squares():
                                               (dict(size=84, channels=3, filters=4), [84, 42, 21, 10])])
 def test_counted_operations_of_conv4_are_its_closed_form(arguments, sides):
     net = Conv4(**arguments)
-    products = sum(s * s * net.get_submodule(f'conv{i}').weight.numel() for i, s in enumerate(sides)) + net.head.weight.numel()
+    products = (sum(s * s * net.get_submodule(f'conv{i}').weight.numel() for i, s in enumerate(sides))
+                + net.head.weight.numel())
     x = torch.zeros(3, arguments.get('channels', 1), arguments.get('size', 28), arguments.get('size', 28))
     assert counted_operations(net, x) == 3 * 2 * products
 
@@ -160,7 +165,8 @@ def test_counted_operations_of_conv4_are_its_closed_form(arguments, sides):
 def test_counted_operations_see_through_the_batch_of_tasks():
     net = Conv4(3, filters=4)
     weights = {k: p.expand(5, *p.shape) for k, p in net.named_parameters()}
-    assert counted_operations(task_batched(net), weights, torch.zeros(5, 6, 1, 28, 28)) == 30 * counted_operations(net, torch.zeros(1, 1, 28, 28))
+    assert (counted_operations(task_batched(net), weights, torch.zeros(5, 6, 1, 28, 28))
+            == 30 * counted_operations(net, torch.zeros(1, 1, 28, 28)))
     linear = torch.nn.Linear(7, 3)
     assert counted_operations(linear, torch.zeros(2, 7)) == 2 * 2 * 7 * 3
 
@@ -170,7 +176,8 @@ def test_sine_waves_are_a_function_of_seed_split_and_number():
     fields = ('support_x', 'support_y', 'target_x', 'target_y')
     for k in fields: assert torch.equal(getattr(deal(0, 8), k)[3:6], getattr(deal(3, 3), k))
     assert [getattr(deal(0, 2), k).shape for k in fields] == [(2, 4, 1)] * 2 + [(2, 3, 1)] * 2
-    for other in (SineWaves(4, 3, seed=1), SineWaves(4, 3, split='test')): assert not torch.equal(other(0).support_x, deal(0).support_x)
+    for other in (SineWaves(4, 3, seed=1), SineWaves(4, 3, split='test')):
+        assert not torch.equal(other(0).support_x, deal(0).support_x)
     assert len(deal(0, 8)) == 8 and len(deal(0, 8)[2:4]) == 2
 
 
@@ -206,10 +213,13 @@ def test_steps_of_a_linear_function_are_linear_algebra(n_steps):
     # d(sum of w_N)/d(start) is a product of I - 2α/n XᵀX
     found, = torch.autograd.grad(last['w'].sum(), list(meta.start.values()))
     step = torch.eye(3, dtype=torch.float64) - alpha * 2 / 6 * x.mT @ x
-    assert torch.allclose(found, (torch.linalg.matrix_power(step, n_steps).mT @ torch.ones(3, 1, dtype=torch.float64)).sum(0), atol=1e-12)
+    assert torch.allclose(
+        found, (torch.linalg.matrix_power(step, n_steps).mT @ torch.ones(3, 1, dtype=torch.float64)).sum(0), atol=1e-12)
 
 
-def doubled(e): return dataclasses.replace(e, **{k: getattr(e, k).double() for k in ('support_x', 'support_y', 'target_x', 'target_y')})
+def doubled(e):
+    return dataclasses.replace(e, **{k: getattr(e, k).double()
+                                     for k in ('support_x', 'support_y', 'target_x', 'target_y')})
 
 
 @pytest.mark.parametrize('second_order', [True, False], ids=['second', 'first'])
@@ -225,6 +235,7 @@ def test_regression_through_the_meta_loss_is_the_loop_over_tasks(n_steps, second
             fast = {k: w - .01 * g for (k, w), g in zip(fast.items(), gradient)}
         losses.append(F.mse_loss(functional_call(net, fast, (task[2],)), task[3]))
     yardstick = torch.stack(losses).mean()
-    loss, score = meta_loss(task_batched(net), meta, e, n_steps, second_order, loss=squared_errors, score=lambda out, y: -squared_errors(out, y))
+    loss, score = meta_loss(task_batched(net), meta, e, n_steps, second_order, loss=squared_errors,
+                            score=lambda out, y: -squared_errors(out, y))
     assert abs(loss - yardstick) < 1e-12 and abs(score + loss) < 1e-12
     assert gradient_error(learned_gradients(loss, meta), learned_gradients(yardstick, meta)) < 1e-8

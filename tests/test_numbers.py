@@ -3,8 +3,10 @@
 A number is written in digits or as a word from two upwards. It is accounted for if it is, in this order,
 - part of a name or a definition: one of the patterns in `defined`;
 - part of a claim: words of the page that `claims` makes anew, from records, outputs or the package itself;
-- of three figures or more, and there as it stands in an output of the page. Smaller ones are everywhere, so they need a claim.
-README is made of cells besides: their Markdown is computed here again, from the records, and must stand in it to the letter.
+- of three figures or more, and there as it stands in an output of the page. Smaller ones are everywhere,
+so they need a claim.
+README is made of cells besides: their Markdown is computed here again, from the records,
+and must stand in it to the letter.
 """
 import ast
 import functools
@@ -26,16 +28,21 @@ from mamlpp_nb.reproduce import read_records, tables
 
 root = Path(__file__).parent.parent
 pages = sorted(p.stem for p in root.glob('nbs/*.ipynb') if p.stem != 'index')
-words = {word: n for n, word in enumerate('two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen'.split(), 2)}
-words |= {word: 10 * n for n, word in enumerate('twenty thirty forty fifty sixty seventy eighty ninety hundred'.split(), 2)}
-number = re.compile(rf"\d[\d,]*(?:\.\d+)?(?<!,)|\b(?:{'|'.join(words)}|hundreds|thousands?|millions?|twice|thirds?|half|halves)\b", re.I)
+words = {word: n for n, word in enumerate('two three four five six seven eight nine ten '
+                                          'eleven twelve thirteen fourteen fifteen sixteen'.split(), 2)}
+words |= {word: 10 * n
+          for n, word in enumerate('twenty thirty forty fifty sixty seventy eighty ninety hundred'.split(), 2)}
+number = re.compile(r"\d[\d,]*(?:\.\d+)?(?<!,)"
+                    rf"|\b(?:{'|'.join(words)}|hundreds|thousands?|millions?|twice|thirds?|half|halves)\b", re.I)
 
 defined = [ # names and definitions, which nothing measures
     r'\d+-way(?: \d+-shot)?|\b95 % interval|\b8 bits', # a kind of task; the field's interval; a byte
     r'\d+x\d+\b', # pixels of a picture
-    r'\b[A-Z]\w*-\d+(?:-\w+)?\b|AVX2|AVX-512|Python 3\.\d+|float(?:32|64)|\bnbdev 2\.4\b', # networks, machines, versions
+    # networks, machines, versions
+    r'\b[A-Z]\w*-\d+(?:-\w+)?\b|AVX2|AVX-512|Python 3\.\d+|float(?:32|64)|\bnbdev 2\.4\b',
     r'arXiv:\d{4}\.\d{5}|abs/\d{4}\.\d{5}|\b(?:19|20)\d\d\b(?=[,;)])', # a paper and its year
-    r'\bchapters? \d+(?: (?:to|and) \d+)?|\(\d\)|\b[ag]\d\b|\d\d_\w+\.ipynb|[ag]\d_\w+\.ipynb|readme\d\.png', # where something is
+    # where something is
+    r'\bchapters? \d+(?: (?:to|and) \d+)?|\(\d\)|\b[ag]\d\b|\d\d_\w+\.ipynb|[ag]\d_\w+\.ipynb|readme\d\.png',
     r'\bseeds \d(?:(?:, \d)+| to \d)|--[\w-]+ [\d ]+', # which seeds; arguments of a command
     r'`[^`]*`|\$[^$]*[A-Za-z\\][^$]*\$', # code and formulas
     r'^\d+\. ', # of a list
@@ -75,7 +82,8 @@ def lines_of(marker):
 def longest_part():
     "Lines of the longest part of one's own that chapter 17 shows: what stands between two empty lines."
     text = (root / 'nbs/own_parts.py').read_text(encoding='utf-8')
-    return max(node.end_lineno - node.lineno + 1 for node in ast.parse(text).body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+    return max(node.end_lineno - node.lineno + 1 for node in ast.parse(text).body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
 
 
 def first_config(table): return next(iter(tables[table].values())).config
@@ -90,7 +98,8 @@ def outer_steps(config): return f'{config.epochs * config.iterations:,} outer st
 def of_small(config): return f'{config.filters} filters, {config.n_tasks} tasks per outer step, {outer_steps(config)}'
 
 
-def small_records(): return [r for found in read_records(root / 'nbs/results/tables', 'omniglot-small').values() for r in found]
+def small_records():
+    return [r for found in read_records(root / 'nbs/results/tables', 'omniglot-small').values() for r in found]
 
 
 def curvatures(): return found('06_step_sizes', r'(?:conv|head).* mean largest curvature of \d tasks +([\d.]+)')
@@ -105,23 +114,34 @@ def weights(): return found('08_networks', r'([\d,]+) weights')
 # By page: words that must stand in its Summary (or in README), and what makes them: the same words, or a condition.
 claims = {
     '00_tasks': {'two sorts and one gather': lambda: f'{in_words(sorts())} sorts and one gather'},
-    '02_maml': {'three dicts': lambda: f'{in_words(len(MetaParameters._fields) - len(MetaParameters._field_defaults))} dicts',
+    '02_maml': {'three dicts':
+                    lambda: f'{in_words(len(MetaParameters._fields) - len(MetaParameters._field_defaults))} dicts',
                 'to eight digits and more': lambda: max(found('02_maml', r'largest relative error (\S+e-\d+)')) < 1e-8},
-    '05_per_step_norm': {'about two points': lambda: 1.5 < found('05_per_step_norm', r'BNWB against MAML: \+([\d.]+)')[0] < 2.5},
-    '06_step_sizes': {'hundreds of times larger than in its bias': lambda: 200 < min(curvatures()[:4]) / curvatures()[5] < 1000,
-                      'almost three points': lambda: 2.5 < found('06_step_sizes', r'LSLR     against MAML: \+([\d.]+)')[0] < 3,
+    '05_per_step_norm': {'about two points':
+                             lambda: 1.5 < found('05_per_step_norm', r'BNWB against MAML: \+([\d.]+)')[0] < 2.5},
+    '06_step_sizes': {'hundreds of times larger than in its bias':
+                          lambda: 200 < min(curvatures()[:4]) / curvatures()[5] < 1000,
+                      'almost three points':
+                          lambda: 2.5 < found('06_step_sizes', r'LSLR     against MAML: \+([\d.]+)')[0] < 3,
                       'thirty numbers': lambda: f'{in_words(learned_rates())} numbers'},
     '08_networks': {'has a hundred times the weights': lambda: 100 < weights()[0] / weights()[1] < 200},
     '09_adjoint': {'a third of the naive loop': lambda: max(found('09_adjoint', r'floor (\d+) %')) < 34},
     '21_mini_imagenet': {'600 outer steps': lambda: outer_steps(first_config('mini-imagenet-small'))},
     'a6_drawing': {'five drawings': lambda: f'{in_words(len(recorded) - 1)} drawings'}, # the last is what is asked
     'README': {"50,000 outer steps": lambda: outer_steps(configure('omniglot-20w1s')),
-               '20-way 1-shot Omniglot, 5,000 outer steps': lambda: f"20-way 1-shot Omniglot, {outer_steps(first_config('omniglot-20w1s-tenth'))}",
-               '32 filters, 4 tasks per outer step, 2,000 outer steps': lambda: of_small(first_config('omniglot-small')),
-               'mean over 20 outer steps': lambda: f"mean over {inspect.signature(running_mean).parameters['window'].default} outer steps",
+               '20-way 1-shot Omniglot, 5,000 outer steps':
+                   lambda: f"20-way 1-shot Omniglot, {outer_steps(first_config('omniglot-20w1s-tenth'))}",
+               '32 filters, 4 tasks per outer step, 2,000 outer steps':
+                   lambda: of_small(first_config('omniglot-small')),
+               'mean over 20 outer steps':
+                   lambda: f"mean over {inspect.signature(running_mean).parameters['window'].default} outer steps",
                '200 test tasks': lambda: f"{configure('quickstart').test_tasks} test tasks",
-               'sees five characters': lambda: f"sees {in_words(inspect.signature(tasks.EpisodeSampler).parameters['n_way'].default)} characters",
-               'for two CPU cores': lambda: all(int(re.search(r'(\d) threads', r['starts'][0]['device'])[1]) <= 2 for r in small_records()),
+               'sees five characters':
+                   lambda: f"sees {in_words(inspect.signature(tasks.EpisodeSampler).parameters['n_way'].default)} "
+                           "characters",
+               'for two CPU cores':
+                   lambda: all(int(re.search(r'(\d) threads', r['starts'][0]['device'])[1]) <= 2
+                               for r in small_records()),
                'in ten lines': lambda: f"in {in_words(lines_of('method_loop('))} lines",
                'at most fifteen lines': lambda: longest_part() <= words['fifteen']},
 }
@@ -142,7 +162,8 @@ def numbers_in(line):
 @functools.cache
 def claimed(name):
     "Claims of a page that hold, as the words they are about."
-    return [phrase for phrase, made in claims.get(name, {}).items() if (made_now := made()) is True or made_now == phrase]
+    return [phrase for phrase, made in claims.get(name, {}).items()
+            if (made_now := made()) is True or made_now == phrase]
 
 
 def unaccounted(name, text, known=frozenset()):
@@ -162,7 +183,8 @@ def known_of(name): return frozenset(m[0] for m in number.finditer(said(name)))
 
 def off_by_one(text, m):
     "The text with another number there."
-    other = {'thirds': 'halves', 'third': 'half'}.get(m[0].lower()) or f'{m[0][:-1]}{(int(m[0][-1]) + 1) % 10}' if m[0][-1].isdigit() else 'seven' if m[0] != 'seven' else 'nine'
+    if m[0][-1].isdigit(): other = f'{m[0][:-1]}{(int(m[0][-1]) + 1) % 10}'
+    else: other = 'nine' if m[0] == 'seven' else 'seven'
     return text[:m.start()] + other + text[m.end():]
 
 
@@ -172,7 +194,8 @@ def test_a_summary_says_what_the_page_has_put_out(name):
     assert not unaccounted(name, text, known_of(name)), 'say it without the number, print the number, or add a claim'
     for phrase in claims.get(name, {}): assert phrase in text, f'nobody claims {phrase!r} any more'
     for line in text.splitlines():
-        for m in numbers_in(line): assert unaccounted(name, off_by_one(line, m), known_of(name)), f'{m[0]} could be another number: {line}'
+        for m in numbers_in(line):
+            assert unaccounted(name, off_by_one(line, m), known_of(name)), f'{m[0]} could be another number: {line}'
 
 
 @pytest.fixture(scope='module')
@@ -185,11 +208,14 @@ def made_from_records():
     os.chdir(root / 'nbs')
     try:
         for source in (''.join(c['source']) for c in cells('index') if c['cell_type'] == 'code'):
-            if not re.match(r'#\| hide', source) and not re.match(r'#\| echo: false\n(?!#\| fig-cap)', source) or 'nbdev_export' in source: continue
+            if (not re.match(r'#\| hide', source) and not re.match(r'#\| echo: false\n(?!#\| fig-cap)', source)
+                    or 'nbdev_export' in source):
+                continue
             tree = ast.parse('\n'.join(line for line in source.splitlines() if not line.startswith('%')))
             last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
             exec(compile(tree, 'index', 'exec'), space)
-            if last and hasattr(shown := eval(compile(ast.Expression(last.value), 'index', 'eval'), space), 'data'): found.append(readme.from_root(shown.data))
+            if last and hasattr(shown := eval(compile(ast.Expression(last.value), 'index', 'eval'), space), 'data'):
+                found.append(readme.from_root(shown.data))
     finally: os.chdir(before)
     assert len(found) >= 6
     return found

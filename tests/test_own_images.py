@@ -49,20 +49,26 @@ def test_a_folder_and_a_zip_of_it_are_the_same_data(tmp_path, own_cache):
 
 
 def test_whoever_has_split_is_believed(tmp_path, own_cache):
-    for s, classes in (('train', range(5)), ('val', range(5, 8)), ('test', range(8, 10))): write(tmp_path / 'set' / s, classes)
+    for s, classes in (('train', range(5)), ('val', range(5, 8)), ('test', range(8, 10))):
+        write(tmp_path / 'set' / s, classes)
     splits = image_folder(tmp_path / 'set', shares='1/1/98', seed=3)
-    assert {s: d.names for s, d in splits.items()} == {s: tuple(f'class{c:02d}' for c in classes) for s, classes in (('train', range(5)), ('val', range(5, 8)), ('test', range(8, 10)))}
+    assert ({s: d.names for s, d in splits.items()}
+            == {s: tuple(f'class{c:02d}' for c in classes)
+                for s, classes in (('train', range(5)), ('val', range(5, 8)), ('test', range(8, 10)))})
 
 
 def test_the_shuffle_belongs_to_the_seed_and_the_cut_to_the_shares(tmp_path, own_cache):
     folder = write(tmp_path / 'set', range(20), 1)
-    assert image_folder(folder, seed=1)['train'].names == image_folder(folder, seed=1)['train'].names != image_folder(folder, seed=2)['train'].names
+    assert (image_folder(folder, seed=1)['train'].names
+            == image_folder(folder, seed=1)['train'].names != image_folder(folder, seed=2)['train'].names)
     assert [len(d) for d in image_folder(folder, shares='50/25/25').values()] == [10, 5, 5]
     for shares in ('50/50', 'a/b/c', '60/50/-10', '0/0/0'):
         with pytest.raises(ValueError, match='shares'): image_folder(folder, shares=shares)
 
 
-@pytest.mark.parametrize('suffix, mode', [('png', 'L'), ('png', '1'), ('png', 'P'), ('png', 'LA'), ('png', 'I;16'), ('jpg', 'L'), ('jpg', 'CMYK'), ('bmp', 'RGB'), ('gif', 'L'), ('tif', 'L'), ('webp', 'RGB'), ('png', 'RGBA'), ('pgm', 'L')])
+@pytest.mark.parametrize('suffix, mode', [
+    ('png', 'L'), ('png', '1'), ('png', 'P'), ('png', 'LA'), ('png', 'I;16'), ('jpg', 'L'), ('jpg', 'CMYK'),
+    ('bmp', 'RGB'), ('gif', 'L'), ('tif', 'L'), ('webp', 'RGB'), ('png', 'RGBA'), ('pgm', 'L')])
 def test_kinds_of_files(tmp_path, own_cache, suffix, mode):
     folder = tmp_path / 'set'
     for c in range(5):
@@ -87,14 +93,16 @@ def test_one_coloured_image_makes_all_of_them_colour(tmp_path, own_cache):
     assert sum(int(d.count.sum()) for d in splits.values()) == 11 # ragged, and of another shape
 
 
-@pytest.mark.parametrize('mode, side, chosen', [('L', 32, 32), ('RGB', 32, 32), ('L', 28, 28), ('L', 105, 32), ('RGB', 200, 84), ('RGB', 50, 50), ('L', 9, 16)])
+@pytest.mark.parametrize('mode, side, chosen', [
+    ('L', 32, 32), ('RGB', 32, 32), ('L', 28, 28), ('L', 105, 32), ('RGB', 200, 84), ('RGB', 50, 50), ('L', 9, 16)])
 def test_the_pictures_choose_the_size_within_what_can_be_trained(tmp_path, own_cache, mode, side, chosen):
     folder = write(tmp_path / 'set', range(5), 2, mode=mode, size=(side, side))
     if mode == 'RGB': Image.new('RGB', (side, side), (255, 0, 0)).save(folder / 'class00' / '0.png')
     picture(0, 2, size=(300, 10)).save(folder / 'class00' / 'odd.png') # one of another shape changes nothing
     splits = image_folder(folder)
     assert splits['train'].images.shape[2:] == (chosen, chosen)
-    assert any(f'sides of {min(10, side)} to 300 pixels: read at {chosen}x{chosen}' in line for line in splits['train'].notes)
+    assert any(f'sides of {min(10, side)} to 300 pixels: read at {chosen}x{chosen}' in line
+               for line in splits['train'].notes)
     assert image_folder(folder, size=24)['train'].images.shape[2:] == (24, 24) # whoever says a size gets it
 
 
@@ -116,39 +124,72 @@ def test_classes_that_are_too_small_are_named_and_too_few_refused(tmp_path, own_
     config, said = Config(data=str(folder), n_way=3, n_target=3, test_targets=3), []
     splits = load_splits(config, said.append)
     assert sum(map(len, splits.values())) == 20 and any('class20 (2)' in line for line in said)
-    with pytest.raises(ValueError, match='5-way tasks need at least 5 classes'): load_splits(Config(data=str(folder), n_way=5, n_target=3, test_targets=3), said.append)
-    with pytest.raises(ValueError, match='0 in train'): load_splits(Config(data=str(folder), n_way=3, n_target=9, test_targets=9), said.append)
+    with pytest.raises(ValueError, match='5-way tasks need at least 5 classes'):
+        load_splits(Config(data=str(folder), n_way=5, n_target=3, test_targets=3), said.append)
+    with pytest.raises(ValueError, match='0 in train'):
+        load_splits(Config(data=str(folder), n_way=3, n_target=9, test_targets=9), said.append)
 
 
 def empty(folder): folder.mkdir(parents=True)
-def loose(folder): folder.mkdir(parents=True); picture(0, 0).save(folder / '0.png')
-def partly(folder): write(folder / 'train', range(5)); write(folder / 'other', range(2))
-def leaking(folder): [write(folder / s, classes) for s, classes in (('train', range(5)), ('val', range(5, 8)), ('test', range(4, 8)))]
-def broken(folder): [((folder / f'{c}').mkdir(parents=True), (folder / f'{c}' / '0.png').write_bytes(b'x')) for c in range(5)]
-def a_text(folder): folder.parent.mkdir(exist_ok=True, parents=True); folder.write_text('images')
 
 
-@pytest.mark.parametrize('make, named', [(empty, 'no images'), (loose, 'no images|for each class'), (partly, 'not all of train, val and test'), (leaking, 'more than one of train, val and test'), (broken, 'none|no image|cannot'), (a_text, 'neither a folder nor a zip')])
+def loose(folder):
+    folder.mkdir(parents=True)
+    picture(0, 0).save(folder / '0.png')
+
+
+def partly(folder):
+    write(folder / 'train', range(5))
+    write(folder / 'other', range(2))
+
+
+def leaking(folder):
+    for split, classes in (('train', range(5)), ('val', range(5, 8)), ('test', range(4, 8))):
+        write(folder / split, classes)
+
+
+def broken(folder):
+    for c in range(5):
+        (folder / f'{c}').mkdir(parents=True)
+        (folder / f'{c}' / '0.png').write_bytes(b'x')
+
+
+def a_text(folder):
+    folder.parent.mkdir(exist_ok=True, parents=True)
+    folder.write_text('images')
+
+
+@pytest.mark.parametrize('make, named', [
+    (empty, 'no images'),
+    (loose, 'no images|for each class'),
+    (partly, 'not all of train, val and test'),
+    (leaking, 'more than one of train, val and test'),
+    (broken, 'none|no image|cannot'),
+    (a_text, 'neither a folder nor a zip')])
 def test_what_is_no_data_is_refused_and_leaves_no_cache(tmp_path, own_cache, make, named):
     make(tmp_path / 'set')
     with pytest.raises(ValueError, match=named): image_folder(tmp_path / 'set')
-    if make is not leaking: assert not [p for p in own_cache.rglob('*') if p.is_file() and p.suffix != '.lock'] # leaking classes are read before they are compared
+    # leaking classes are read before they are compared
+    if make is not leaking: assert not [p for p in own_cache.rglob('*') if p.is_file() and p.suffix != '.lock']
     assert not list(own_cache.rglob('*.part*'))
     with pytest.raises(ValueError, match='folder of images'): load_data(str(tmp_path / 'nowhere'))
 
 
-small = dict(filters=8, n_tasks=2, epochs=1, iterations=3, multi_step_epochs=1, n_target=2, test_targets=2, validation_tasks=4, test_tasks=4)
+small = dict(filters=8, n_tasks=2, epochs=1, iterations=3, multi_step_epochs=1, n_target=2, test_targets=2,
+             validation_tasks=4, test_tasks=4)
 
 
 def test_from_a_folder_to_predictions_by_command(tmp_path, own_cache, capsys):
     folder = write(tmp_path / 'signs', range(25), 4)
-    words = ['train', '--data', str(folder), '--out', str(tmp_path / 'run'), '--device', 'cpu', *(w for k, v in small.items() for w in (f'--{k}', str(v)))]
+    words = ['train', '--data', str(folder), '--out', str(tmp_path / 'run'), '--device', 'cpu',
+             *(w for k, v in small.items() for w in (f'--{k}', str(v)))]
     assert main(words) == 0
     said = capsys.readouterr().out
     assert '25 classes, 100 grey images, 20x20 pixels' in said and 'a minute on this machine' in said
     config = json.loads((tmp_path / 'run' / 'config.json').read_text())['config']
     assert config['shared_head'] and config['data'] == str(folder) and not config['rotate']
-    assert main(words) == 0 and 'going on after outer step 3 of 3' in capsys.readouterr().out # complete: nothing is trained again
+    # complete: nothing is trained again
+    assert main(words) == 0 and 'going on after outer step 3 of 3' in capsys.readouterr().out
     assert main(['adapt', str(tmp_path / 'run'), str(folder), '--format', 'json']) in (0, None)
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 100 and set(rows[0]['probabilities']) == {p.name for p in folder.iterdir()}
@@ -156,7 +197,8 @@ def test_from_a_folder_to_predictions_by_command(tmp_path, own_cache, capsys):
 
 def test_a_preset_or_a_folder_is_asked_for(capsys):
     assert main(['train']) == 2 and '--data with a folder of your own images' in ''.join(capsys.readouterr())
-    assert main(['train', '--data', '/nowhere/at/all']) == 2 and "no data set '/nowhere/at/all'" in ''.join(capsys.readouterr())
+    assert (main(['train', '--data', '/nowhere/at/all']) == 2
+            and "no data set '/nowhere/at/all'" in ''.join(capsys.readouterr()))
 
 
 @pytest.mark.parametrize('method', ['maml', 'mamlpp', 'meta-sgd'])
@@ -174,7 +216,8 @@ def test_rows_of_a_shared_head_stay_one(tmp_path, method):
 
 # --- a folder that changes under a run
 
-few_words = '--epochs 2 --iterations 2 --validation_tasks 3 --test_tasks 3 --filters 4 --n_tasks 1 --n_steps 2 --n_way 2 --n_target 1 --test_targets 1 --keep 1 --device cpu'.split()
+few_words = ('--epochs 2 --iterations 2 --validation_tasks 3 --test_tasks 3 --filters 4 --n_tasks 1 --n_steps 2 '
+             '--n_way 2 --n_target 1 --test_targets 1 --keep 1 --device cpu').split()
 
 
 @pytest.fixture
@@ -216,7 +259,8 @@ def test_presets_of_own_images_take_minutes_and_the_paper_is_asked_for(tmp_path)
         short, long = presets[name], presets[f'{name}-paper']
         assert short.epochs*short.iterations == 1000 and long.epochs*long.iterations >= 50_000
         assert long.filters > short.filters and short.shared_head and long.shared_head and not long.rotate
-    a, b = (_folder(name, configure(name, data=str(tmp_path / 'set'))) for name in ('grey-images-5w1s', 'grey-images-5w1s-paper'))
+    a, b = (_folder(name, configure(name, data=str(tmp_path / 'set')))
+            for name in ('grey-images-5w1s', 'grey-images-5w1s-paper'))
     assert a.name == 'set-5w1s-mamlpp-seed0' and b.name == 'set-5w1s-paper-mamlpp-seed0'
 
 
@@ -269,8 +313,10 @@ def test_a_run_begins_from_another_and_says_so(school, tmp_path, capsys):
     assert kept['config']['start_from'] == str(model) and len(kept['starts'][0]['start_from']) == 16
     config, splits = Config(**kept['config']), run_splits(tmp_path / 'run', Config(**kept['config']), lambda text: None)
     begun, learned = run_setup(tmp_path / 'run', config, splits).meta, read_pretrained(model).meta
-    for k, t in begun.named().items(): assert torch.equal(t, learned.named()[k]) # the head, too: both have one shared row
-    assert not torch.equal(first_state(config, set_up(config, splits)).meta.start['conv0.weight'], begun.start['conv0.weight'])
+    for k, t in begun.named().items():
+        assert torch.equal(t, learned.named()[k]) # the head, too: both have one shared row
+    assert not torch.equal(first_state(config, set_up(config, splits)).meta.start['conv0.weight'],
+                           begun.start['conv0.weight'])
     repeated = replay(tmp_path / 'run', 0, say=lambda text: None)
     assert repeated['loss'] == repeated['recorded'] # the first step was taken from there
     assert not same_bits(model, tmp_path / 'run')
@@ -284,28 +330,39 @@ def test_a_run_that_began_from_a_model_stops_and_goes_on_without_it(school, tmp_
     shutil.rmtree(model) # the run has its own copy
     assert own_run(folder, tmp_path / 'run', '--from', str(model)) == 0
     assert same_bits(tmp_path / 'whole', tmp_path / 'run')
-    assert replay(tmp_path / 'run', 1, say=lambda text: None)['loss'] == read_metrics(tmp_path / 'whole')[0]['losses'][1]
+    assert (replay(tmp_path / 'run', 1, say=lambda text: None)['loss']
+            == read_metrics(tmp_path / 'whole')[0]['losses'][1])
     assert len({start['start_from'] for start in read_config(tmp_path / 'run')[1]}) == 1
-    with pytest.raises(ValueError, match='start_from'): train_run(dataclasses.replace(config, start_from=''), tmp_path / 'run', say=lambda text: None)
+    with pytest.raises(ValueError, match='start_from'):
+        train_run(dataclasses.replace(config, start_from=''), tmp_path / 'run', say=lambda text: None)
 
 
 def test_the_network_of_the_packaged_model_comes_along(tmp_path, own_cache, capsys):
-    folder, words = write(tmp_path / 'set', range(1, 16)), [w for w in few_words]
+    folder, words = write(tmp_path / 'set', range(1, 16)), few_words.copy()
     i = words.index('--filters')
     del words[i:i+2]
     words[words.index('--n_steps') + 1] = '5'
     assert main(['train', '--data', str(folder), '--out', str(tmp_path / 'run'), '--from', 'omniglot', *words]) == 0
     config = read_config(tmp_path / 'run')[0]
-    assert (config.start_from, config.filters, config.image_size, config.n_way, config.shared_head) == ('omniglot', 32, 28, 2, True)
+    assert ((config.start_from, config.filters, config.image_size, config.n_way, config.shared_head)
+            == ('omniglot', 32, 28, 2, True))
     assert read_pretrained(tmp_path / 'run').size == 28 and '28x28 pixels' in capsys.readouterr().out
-    assert config.outer_lr < configure('grey-images-5w1s').outer_lr # what is learned already is soon lost at the rate of a beginning
-    assert main(['train', '--data', str(folder), '--out', str(tmp_path / 'faster'), '--from', 'omniglot', '--outer_lr', '.002', *words]) == 0
+    # what is learned already is soon lost at the rate of a beginning
+    assert config.outer_lr < configure('grey-images-5w1s').outer_lr
+    assert main(['train', '--data', str(folder), '--out', str(tmp_path / 'faster'), '--from', 'omniglot',
+                 '--outer_lr', '.002', *words]) == 0
     assert read_config(tmp_path / 'faster')[0].outer_lr == .002
 
 
-@pytest.mark.parametrize('words, named', [(['--filters', '8'], 'filters 4 there, 8 asked for'), (['--image_size', '28'], '20x20 grey images there, 28x28 grey images here'),
-    (['--n_steps', '3'], 'n_steps 2 there, 3 asked for'), (['--method', 'maml'], "method 'mamlpp' there, 'maml' asked for"), (['--strided', 'true'], 'strided False there'), (['--inner_lr', '.1'], 'not both')])
-def test_a_model_that_does_not_fit_is_refused_with_what_differs_and_nothing_is_written(school, tmp_path, capsys, words, named):
+@pytest.mark.parametrize('words, named', [
+    (['--filters', '8'], 'filters 4 there, 8 asked for'),
+    (['--image_size', '28'], '20x20 grey images there, 28x28 grey images here'),
+    (['--n_steps', '3'], 'n_steps 2 there, 3 asked for'),
+    (['--method', 'maml'], "method 'mamlpp' there, 'maml' asked for"),
+    (['--strided', 'true'], 'strided False there'),
+    (['--inner_lr', '.1'], 'not both')])
+def test_a_model_that_does_not_fit_is_refused_with_what_differs_and_nothing_is_written(
+        school, tmp_path, capsys, words, named):
     model, folder = school
     assert own_run(folder, tmp_path / 'run', '--from', str(model), *words) == 2
     assert named in capsys.readouterr().err and not (tmp_path / 'run').exists()
@@ -327,10 +384,13 @@ def test_rows_of_the_head_are_taken_where_the_ways_agree_and_else_their_mean(met
     tables = {g: {k: torch.rand_like(t) for k, t in table.items()} for g, table in setup.meta._asdict().items()}
     model = Pretrained(MetaParameters(**tables), setup.net, config, 1, 28)
     rows, rates = tables['start']['head.weight'], tables['step_sizes']['head.weight']
-    alike, more, shared = (begin_from(set_up(c, load_data('glyphs')), c, model).meta
-                           for c in (config, dataclasses.replace(config, n_way=6), dataclasses.replace(config, shared_head=True)))
+    alike, more, shared = (
+        begin_from(set_up(c, load_data('glyphs')), c, model).meta
+        for c in (config, dataclasses.replace(config, n_way=6), dataclasses.replace(config, shared_head=True)))
     assert torch.equal(alike.start['head.weight'], rows) and alike.start['head.weight'] is not rows
     for meta, way in ((more, 6), (shared, 4)):
-        assert torch.allclose(meta.start['head.weight'], rows.mean(0).expand(way, -1)) and meta.start['head.weight'].requires_grad
-        if method == 'meta-sgd': assert torch.allclose(meta.step_sizes['head.weight'], rates.mean(1, keepdim=True).expand(-1, way, -1))
+        assert (torch.allclose(meta.start['head.weight'], rows.mean(0).expand(way, -1))
+                and meta.start['head.weight'].requires_grad)
+        if method == 'meta-sgd':
+            assert torch.allclose(meta.step_sizes['head.weight'], rates.mean(1, keepdim=True).expand(-1, way, -1))
         assert torch.equal(meta.start['conv1.weight'], tables['start']['conv1.weight'])

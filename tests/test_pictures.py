@@ -16,7 +16,8 @@ from mamlpp_nb import files, pictures
 from mamlpp_nb.cli import main
 from mamlpp_nb.files import cache_command, cache_entries, kept_tensors, walk
 from mamlpp_nb.layouts import class_pictures
-from mamlpp_nb.pictures import PictureFile, decode, image_pixels, list_images, open_picture, picture_suffixes, plain_image
+from mamlpp_nb.pictures import (PictureFile, decode, image_pixels, list_images, open_picture, picture_suffixes,
+                                plain_image)
 from mamlpp_nb.tasks import image_folder, load_data
 
 
@@ -45,11 +46,13 @@ def link(place, target):
 
 # broken files
 
-@pytest.mark.parametrize('error', [SyntaxError('broken PNG'), struct.error('unpack'), EOFError(), MemoryError(), IndexError('x'), TypeError('x'), RecursionError()])
+@pytest.mark.parametrize('error', [SyntaxError('broken PNG'), struct.error('unpack'), EOFError(), MemoryError(),
+                                   IndexError('x'), TypeError('x'), RecursionError()])
 def test_whatever_pillow_raises_names_the_file(error):
     def use(image): raise error
     with pytest.raises(ValueError, match='cannot read the image a/b.png'): open_picture('a/b.png', lambda: png(), use)
-    with pytest.raises(ValueError, match='cannot read the image a/b.png'): decode(PictureFile('a', 'a/b.png', lambda: exec('raise error', {'error': error})))
+    with pytest.raises(ValueError, match='cannot read the image a/b.png'):
+        decode(PictureFile('a', 'a/b.png', lambda: exec('raise error', {'error': error})))
 
 
 def png(size=(400, 400)):
@@ -61,7 +64,8 @@ def png(size=(400, 400)):
 def flipped(content, at): return content[:at] + bytes([content[at] ^ 0x80]) + content[at+1:]
 
 
-broken = {'chunk name': flipped(png(), png().rfind(b'IDAT')), 'cut': png()[:5000], 'nothing': b'', 'text': b'no picture'}
+broken = {'chunk name': flipped(png(), png().rfind(b'IDAT')), 'cut': png()[:5000],
+          'nothing': b'', 'text': b'no picture'}
 
 
 @pytest.mark.parametrize('kind', broken)
@@ -100,11 +104,13 @@ def test_numbers_of_32_bits_and_below_zero(tmp_path):
 
 @pytest.mark.parametrize('bits', [12, 16])
 def test_colours_of_16_bits_are_never_shown_black(bits, tmp_path):
-    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
     ramp = np.linspace(0, 2**bits - 1, 300).round().astype('>u2').reshape(10, 10, 3)
     rows = b''.join(b'\0' + row.tobytes() for row in ramp)
     head = struct.pack('>IIBBBBB', 10, 10, 16, 2, 0, 0, 0)
-    (tmp_path / 'x.png').write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+    (tmp_path / 'x.png').write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head)
+                                     + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
     image = Image.open(tmp_path / 'x.png')
     if bits == 16: assert image_pixels(plain_image(image, 'RGB')).max() == 255
     else:
@@ -129,12 +135,16 @@ def heif(monkeypatch):
     "A stand-in for pillow-heif: its files are PNG files of another name."
     class Plugin(ImageFile.ImageFile): pass
     before = dict(Image.EXTENSION), dict(Image.OPEN), list(Image.ID)
-    def register(): Image.register_open('HEIF', Plugin); Image.register_extensions('HEIF', ['.heic', '.heif'])
+    def register():
+        Image.register_open('HEIF', Plugin)
+        Image.register_extensions('HEIF', ['.heic', '.heif'])
     monkeypatch.setitem(sys.modules, 'pillow_heif', types.SimpleNamespace(register_heif_opener=register))
     picture_suffixes.cache_clear()
     yield
     picture_suffixes.cache_clear()
-    for now, then in zip((Image.EXTENSION, Image.OPEN), before): now.clear(); now.update(then)
+    for now, then in zip((Image.EXTENSION, Image.OPEN), before):
+        now.clear()
+        now.update(then)
     Image.ID[:] = before[2]
 
 
@@ -192,7 +202,8 @@ def test_a_link_to_nothing_is_named(tmp_path, own_cache, capsys):
     assert sum('link to nothing' in line for line in image_folder(support)['train'].refused) == 2
 
 
-leftovers = ['@eaDir/1.png', 'a/@eaDir/1.png', '__MACOSX/a/._1.png', 'lost+found/1.png', '.git/1.png', 'a/._1.png', '$RECYCLE.BIN/1.png', '#recycle/1.png', 'a/Thumbs.db', '.DS_Store']
+leftovers = ['@eaDir/1.png', 'a/@eaDir/1.png', '__MACOSX/a/._1.png', 'lost+found/1.png', '.git/1.png', 'a/._1.png',
+             '$RECYCLE.BIN/1.png', '#recycle/1.png', 'a/Thumbs.db', '.DS_Store']
 
 
 @pytest.mark.parametrize('zipped', [False, True])
@@ -255,10 +266,12 @@ def test_a_zip_of_something_split_is_split(tmp_path, own_cache):
     with zipfile.ZipFile(tmp_path / 'set.zip', 'w') as z:
         for p in sorted((tmp_path / 'set').rglob('*.png')): z.write(p, p.relative_to(tmp_path))
     for place in (tmp_path / 'set.zip', tmp_path / 'set'):
-        assert {s: ''.join(d.names) for s, d in image_folder(place).items()} == {'train': 'abc', 'val': 'de', 'test': 'fg'}
+        assert {s: ''.join(d.names) for s, d in image_folder(place).items()} == {
+            'train': 'abc', 'val': 'de', 'test': 'fg'}
 
 
-@pytest.mark.parametrize('images, rows', [('images', '{c}{i}.png'), ('images', '{c}/{i}.png'), ('.', '{c}/{i}.png'), ('images', 'images/{c}{i}.png')])
+@pytest.mark.parametrize('images, rows', [('images', '{c}{i}.png'), ('images', '{c}/{i}.png'),
+                                          ('.', '{c}/{i}.png'), ('images', 'images/{c}{i}.png')])
 @pytest.mark.parametrize('head, encoding', [('filename,label', 'utf-8'), ('filename;label', 'utf-8-sig')])
 def test_own_images_split_by_tables(images, rows, head, encoding, tmp_path, own_cache):
     for s, names in (('train', 'abc'), ('val', 'de'), ('test', 'fg')):
@@ -271,8 +284,10 @@ def test_own_images_split_by_tables(images, rows, head, encoding, tmp_path, own_
         (tmp_path / f'{s}.csv').write_text('\n'.join(lines), encoding=encoding)
     draw(tmp_path / images, 'nobody.png')
     splits = load_data(str(tmp_path))
-    assert {s: d.names for s, d in splits.items()} == {s: tuple(f'class {c}' for c in names) for s, names in (('train', 'abc'), ('val', 'de'), ('test', 'fg'))}
-    assert (splits['train'].count == 2).all() and any('no table names' in line and 'nobody.png' in line for line in splits['train'].refused)
+    assert {s: d.names for s, d in splits.items()} == {
+        s: tuple(f'class {c}' for c in names) for s, names in (('train', 'abc'), ('val', 'de'), ('test', 'fg'))}
+    assert ((splits['train'].count == 2).all()
+            and any('no table names' in line and 'nobody.png' in line for line in splits['train'].refused))
 
 
 def test_tables_that_do_not_fit_are_refused(tmp_path, own_cache):
@@ -340,4 +355,5 @@ def test_drafts_of_a_stopped_writer_are_cleared_after_a_day(four):
 def test_the_ground_imports_nothing_of_the_book():
     for module in (files, pictures, sys.modules['mamlpp_nb.layouts']):
         names = {getattr(v, '__module__', '') for v in vars(module).values() if callable(v)}
-        assert {n for n in names if n and n.startswith('mamlpp_nb')} <= {f'mamlpp_nb.{m}' for m in ('files', 'pictures', 'layouts', 'progress')}
+        assert {n for n in names if n and n.startswith('mamlpp_nb')} <= {
+            f'mamlpp_nb.{m}' for m in ('files', 'pictures', 'layouts', 'progress')}

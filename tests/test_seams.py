@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import double
+from conftest import double, no_clock, quiet
 from torch import nn
 
 from mamlpp_nb import progress
-from mamlpp_nb.maml import (Learner, MetaParameters, OuterSteps, evaluate, gradient_error, gradient_step, inner_loop, load_meta,
-                            maml_parameters, meta_gradient, meta_loss, outer_loop, row, save_meta)
+from mamlpp_nb.maml import (Learner, MetaParameters, OuterSteps, evaluate, gradient_error, gradient_step, inner_loop,
+                            load_meta, maml_parameters, meta_gradient, meta_loss, outer_loop, row, save_meta)
 from mamlpp_nb.mamlpp import InnerUpdate, Method, find_method, inner_parts, method_parameters, methods, updates
 from mamlpp_nb.names import find_object
 from mamlpp_nb.network import Conv4, is_norm, resting, task_batched
@@ -26,7 +26,8 @@ from mamlpp_nb.training import csv_log, train_and_test, train_run
 own_file = Path(__file__).parent.parent / 'nbs/own_parts.py'
 before = set(methods), set(updates)
 find_object(f'{own_file}:momentum') # registers its parts
-own_methods, own_updates = ({k: table.pop(k) for k in set(table) - names} for table, names in zip((methods, updates), before))
+own_methods, own_updates = ({k: table.pop(k) for k in set(table) - names}
+                            for table, names in zip((methods, updates), before))
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +40,11 @@ def own_parts():
         for name in names: table.pop(name, None)
 
 
-def quiet(text): pass
-
-
 class RMS(nn.Module): # a layer of one's own that normalises
-    def __init__(self, n): super().__init__(); self.scale, self.is_norm = nn.Parameter(torch.ones(n)), True
+    def __init__(self, n):
+        super().__init__()
+        self.scale, self.is_norm = nn.Parameter(torch.ones(n)), True
+
     def forward(self, x): return self.scale*x/(x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
@@ -91,7 +92,8 @@ def test_dropout_in_training_is_a_function_of_seed_and_iteration(drawn):
     def losses(first, n, before):
         torch.manual_seed(before) # whatever was drawn elsewhere
         meta = maml_parameters(net)
-        loop = outer_loop(task_batched(net, dropout=True), meta, EpisodeSampler(drawn['train'], 3), torch.optim.SGD(meta.learned().values(), 0.), first=first)
+        loop = outer_loop(task_batched(net, dropout=True), meta, EpisodeSampler(drawn['train'], 3),
+                          torch.optim.SGD(meta.learned().values(), 0.), first=first)
         return [next(loop).loss for _ in range(n)]
     whole = losses(0, 4, 5)
     assert whole == losses(0, 2, 6) + losses(2, 2, 7)
@@ -100,7 +102,10 @@ def test_dropout_in_training_is_a_function_of_seed_and_iteration(drawn):
 
 def test_home_made_functional_dropout_rests_too(e):
     class Noisy(nn.Module):
-        def __init__(self): super().__init__(); self.head = nn.Linear(784, 3)
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(784, 3)
+
         def forward(self, x): return self.head(F.dropout(x.flatten(1), .5, self.training))
     same(*both(Noisy().double(), e))
 
@@ -112,9 +117,12 @@ def test_frozen_weights_stay_where_they_are(drawn, e):
     for name in ('mamlpp', 'meta-sgd', 'anil', 'maml'):
         meta = method_parameters(find_method(name), net, e.support_x[0], 2)
         assert not any('1.weight' in k or '1.bias' in k for k in [*meta.learned(), *meta.step_sizes])
-        for fast in inner_loop(task_batched(net), meta, e.support_x, e.support_y, 2): assert torch.equal(fast['1.weight'][0], net[1].weight)
-        for fast in fast_inner_loop(net)(task_batched(net), meta, e.support_x, e.support_y, 2): assert torch.equal(fast['1.weight'][1], net[1].weight)
-        same(meta_gradient(task_batched(net), meta, e, n_steps=2), fast_gradient(net)(task_batched(net), meta, e, n_steps=2))
+        for fast in inner_loop(task_batched(net), meta, e.support_x, e.support_y, 2):
+            assert torch.equal(fast['1.weight'][0], net[1].weight)
+        for fast in fast_inner_loop(net)(task_batched(net), meta, e.support_x, e.support_y, 2):
+            assert torch.equal(fast['1.weight'][1], net[1].weight)
+        same(meta_gradient(task_batched(net), meta, e, n_steps=2),
+             fast_gradient(net)(task_batched(net), meta, e, n_steps=2))
     with pytest.raises(ValueError, match='all parameters are frozen'): maml_parameters(net.requires_grad_(False))
 
 
@@ -124,10 +132,12 @@ def test_a_frozen_convolution_of_conv4(e):
     net.norm1.requires_grad_(False)
     meta = per_step_norm(maml_parameters(net), 2)
     assert len(meta.per_step['norm1.weight']) == 1 and len(meta.per_step['norm2.weight']) == 2
-    same(meta_gradient(task_batched(net), meta, e, n_steps=2), fast_gradient(net)(task_batched(net), meta, e, n_steps=2))
+    same(meta_gradient(task_batched(net), meta, e, n_steps=2),
+         fast_gradient(net)(task_batched(net), meta, e, n_steps=2))
 
 
-@pytest.mark.parametrize('norm', [lambda: nn.RMSNorm(6), lambda: nn.LayerNorm(6), lambda: nn.GroupNorm(2, 6), lambda: RMS(6)])
+@pytest.mark.parametrize('norm', [lambda: nn.RMSNorm(6), lambda: nn.LayerNorm(6), lambda: nn.GroupNorm(2, 6),
+                                  lambda: RMS(6)])
 def test_layers_that_normalise_are_left_alone(e, norm):
     net = small(norm(), nn.ReLU()).double()
     meta = maml_parameters(net)
@@ -148,16 +158,24 @@ def test_unused_and_shared_parameters(e):
     method_parameters(find_method('mamlpp'), net, e.support_x[0], 2)
 
     class Tied(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.b, self.out = nn.Linear(784, 784), nn.Linear(784, 784), nn.Linear(784, 3); self.b.weight = self.a.weight
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(784, 784), nn.Linear(784, 784), nn.Linear(784, 3)
+            self.b.weight = self.a.weight
+
         def forward(self, x): return self.out(self.b(self.a(x.flatten(1)/28).tanh()))
     same(*both(Tied().double(), e))
 
 
 class Reads(nn.Module): # an image as a sequence of rows
-    def __init__(self, layer, width=28): super().__init__(); self.layer, self.head = layer, nn.Linear(width, 3)
+    def __init__(self, layer, width=28):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(width, 3)
+
     def forward(self, x):
         x = x.flatten(1, 2)
-        out = self.layer(x, x, x, need_weights=False) if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+        out = (self.layer(x, x, x, need_weights=False) if isinstance(self.layer, nn.MultiheadAttention)
+               else self.layer(x))
         return self.head((out[0] if isinstance(out, tuple) else out).mean(1))
 
 
@@ -196,7 +214,10 @@ def nudged(meta, forward, few, update):
 @pytest.mark.parametrize('name', ['momentum', 'alfa', 'bounded', 'gradient step'])
 def test_an_updates_gradient_is_the_difference_quotient(name):
     class Tiny(nn.Module):
-        def __init__(self): super().__init__(); self.norm, self.head = nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2)
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2)
+
         def forward(self, x): return self.head(self.norm(x.flatten(1)).tanh())
     torch.manual_seed(0)
     net, x, y = Tiny().double(), torch.randn(2, 4, 1, 1, 3, dtype=torch.float64), torch.tensor([[0, 0, 1, 1]]*2)
@@ -204,7 +225,8 @@ def test_an_updates_gradient_is_the_difference_quotient(name):
     if name != 'gradient step': meta = meta._replace(added=updates[name].added(meta, 3))
     if 'second' in meta.added: meta.added['second'].data.normal_(0, .1) # else half of ALFA's gradients are zero
     few = Episodes(x, y, x.flip(1), y.flip(1))
-    assert torch.autograd.gradcheck(nudged(meta, task_batched(net), few, updates[name].step), tuple(meta.learned().values()))
+    assert torch.autograd.gradcheck(nudged(meta, task_batched(net), few, updates[name].step),
+                                    tuple(meta.learned().values()))
 
 
 def test_momentum_by_hand(e):
@@ -232,13 +254,16 @@ def test_alfa_begins_as_plain_descent(e):
         for k in t: assert s[k].allclose(t[k])
 
 
-@pytest.mark.parametrize('make, lines', [(small, 0), (lambda: Conv4(3, filters=4), 1)]) # what was written out for Conv4 would be faster
+# what was written out for Conv4 would be faster
+@pytest.mark.parametrize('make, lines', [(small, 0), (lambda: Conv4(3, filters=4), 1)])
 def test_another_update_takes_the_plain_road_and_says_so_once(e, capsys, make, lines):
     net = make().double()
     progress._told.clear()
     meta = method_parameters(find_method('momentum'), net, e.support_x[0], 2)
     parts = {'n_steps': 2, **inner_parts(find_method('momentum'))}
-    for _ in range(2): same(fast_gradient(net)(task_batched(net), meta, e, **parts), meta_gradient(task_batched(net), meta, e, **parts), limit=1e-12)
+    for _ in range(2):
+        same(fast_gradient(net)(task_batched(net), meta, e, **parts),
+             meta_gradient(task_batched(net), meta, e, **parts), limit=1e-12)
     assert capsys.readouterr().err.count('not plain gradient descent') == lines
     assert 'added/decay' in meta.learned()
 
@@ -247,12 +272,14 @@ def test_what_a_part_adds_is_kept_in_files(tmp_path):
     meta = maml_parameters(small())._replace(added={'a': torch.ones(2, requires_grad=True), 'b': torch.zeros(())})
     save_meta(tmp_path / 'm.safetensors', meta, {})
     back, _ = load_meta(tmp_path / 'm.safetensors')
-    assert back.learned().keys() == meta.learned().keys() and back.added['a'].equal(meta.added['a']) and not back.added['b'].requires_grad
+    assert (back.learned().keys() == meta.learned().keys() and back.added['a'].equal(meta.added['a'])
+            and not back.added['b'].requires_grad)
 
 
 def test_groups_that_are_not_known_are_refused(tmp_path):
     from safetensors.torch import save_file
-    save_file({'start/w': torch.ones(1), 'strange/w': torch.ones(1)}, tmp_path / 'm.safetensors', {'about': '{}', 'learned': '[]'})
+    save_file({'start/w': torch.ones(1), 'strange/w': torch.ones(1)}, tmp_path / 'm.safetensors',
+              {'about': '{}', 'learned': '[]'})
     with pytest.raises(ValueError, match='tensors of strange'): load_meta(tmp_path / 'm.safetensors')
 
 
@@ -264,14 +291,16 @@ def test_any_optimizer_and_any_callable_that_deals(drawn):
         meta = maml_parameters(net)
         loop = outer_loop(task_batched(net), meta, sampler, optimizer(meta.learned().values(), .1))
         return [next(loop).loss for _ in range(3)]
-    for optimizer in (torch.optim.SGD, torch.optim.AdamW): assert run(optimizer, deal) == run(optimizer, lambda first, n: deal(first, n))
+    for optimizer in (torch.optim.SGD, torch.optim.AdamW):
+        assert run(optimizer, deal) == run(optimizer, lambda first, n: deal(first, n))
 
 
 def test_a_bad_step_of_a_plain_callable_is_named(drawn):
     from mamlpp_nb.maml import Diverged
     net, deal = small(), EpisodeSampler(drawn['train'], 3)
     meta = maml_parameters(net)
-    loop = outer_loop(task_batched(net), meta, lambda first, n: deal(first, n), torch.optim.SGD(meta.learned().values(), 1e30))
+    loop = outer_loop(task_batched(net), meta, lambda first, n: deal(first, n),
+                      torch.optim.SGD(meta.learned().values(), 1e30))
     with pytest.raises(Diverged, match='episodes'):
         for _ in range(5): next(loop)
     assert all(t.isfinite().all() for t in meta.learned().values())
@@ -279,16 +308,18 @@ def test_a_bad_step_of_a_plain_callable_is_named(drawn):
 
 # --- runs
 
-tiny = Config(data='glyphs', n_way=3, n_target=2, filters=8, n_steps=2, n_tasks=2, epochs=2, iterations=3, validation_tasks=4, test_tasks=4, keep=1)
-
-
-def no_clock(folder): return [{k: v for k, v in r.items() if k not in ('seconds', 'memory_gb')} for r in read_metrics(folder)]
+tiny = Config(data='glyphs', n_way=3, n_target=2, filters=8, n_steps=2, n_tasks=2, epochs=2, iterations=3,
+              validation_tasks=4, test_tasks=4, keep=1)
 
 
 @pytest.mark.parametrize('changes', [
-    {'network': f'{own_file}:Residual'}, {'network': f'{own_file}:Residual', 'dropout': True}, {'loss': f'{own_file}:smooth_labels'},
-    {'method': 'momentum'}, {'optimizer': 'torch.optim:SGD', 'outer_lr': .01},
-    *(pytest.param(more, marks=pytest.mark.weekly) for more in ({'method': f'{own_file}:bounded'}, {'network': f'{own_file}:Residual', 'shared_head': True}))])
+    {'network': f'{own_file}:Residual'},
+    {'network': f'{own_file}:Residual', 'dropout': True},
+    {'loss': f'{own_file}:smooth_labels'},
+    {'method': 'momentum'},
+    {'optimizer': 'torch.optim:SGD', 'outer_lr': .01},
+    *(pytest.param(more, marks=pytest.mark.weekly) for more in (
+        {'method': f'{own_file}:bounded'}, {'network': f'{own_file}:Residual', 'shared_head': True}))])
 def test_a_run_with_a_part_of_ones_own_stops_and_goes_on(drawn, tmp_path, changes):
     config = dataclasses.replace(tiny, **changes)
     assert train_and_test([config], [tmp_path / 'whole'], drawn, say=quiet) == 'complete'
@@ -310,9 +341,13 @@ def test_logs_are_told_each_epoch(drawn, tmp_path):
 
 
 def test_names_that_mean_nothing_are_refused_before_any_work(drawn, tmp_path):
-    for changes, said in (({'network': 'conv5'}, "no network 'conv5'; choose from conv4"), ({'network': 'nowhere:net'}, 'cannot be imported'),
-                          ({'loss': 'hinge'}, "no loss 'hinge'"), ({'network': 'math:sqrt'}, 'sqrt'), ({'network': f'{own_file}:nothing'}, "no 'nothing'"),
-                          ({'network': f'{own_file}:Residual', 'strided': True}, "does not take 'strided'"), ({'network': 'resnet12', 'blocks': 5}, "does not take 'blocks'")):
+    for changes, said in (({'network': 'conv5'}, "no network 'conv5'; choose from conv4"),
+                          ({'network': 'nowhere:net'}, 'cannot be imported'),
+                          ({'loss': 'hinge'}, "no loss 'hinge'"),
+                          ({'network': 'math:sqrt'}, 'sqrt'),
+                          ({'network': f'{own_file}:nothing'}, "no 'nothing'"),
+                          ({'network': f'{own_file}:Residual', 'strided': True}, "does not take 'strided'"),
+                          ({'network': 'resnet12', 'blocks': 5}, "does not take 'blocks'")):
         with pytest.raises((ValueError, TypeError), match=said): set_up(dataclasses.replace(tiny, **changes), drawn)
     with pytest.raises(ValueError, match='is no method'): Config(method=f'{own_file}:smooth')
 
@@ -335,15 +370,19 @@ def test_a_model_of_ones_own_network_adapts_to_pictures(drawn, tmp_path, changes
 
 
 @pytest.mark.parametrize('words, norms', [
-    (['--data', f'{own_file}:sine_waves', '--network', f'{own_file}:curve', '--loss', 'squared error', '--inner-lr', '.01'], {'targets'}),
-    (['--data', f'{own_file}:fake_pictures', '--n_way', '3', '--rotate', 'false', '--method', f'{own_file}:bounded'], {'targets', 'support', 'running'})])
+    (['--data', f'{own_file}:sine_waves', '--network', f'{own_file}:curve', '--loss', 'squared error',
+      '--inner-lr', '.01'], {'targets'}),
+    (['--data', f'{own_file}:fake_pictures', '--n_way', '3', '--rotate', 'false',
+      '--method', f'{own_file}:bounded'], {'targets', 'support', 'running'})])
 def test_a_user_never_leaves_the_command_line(tmp_path, capsys, words, norms):
     from mamlpp_nb.cli import main
-    sizes = '--filters 4 --n_steps 2 --n_tasks 2 --epochs 2 --iterations 2 --validation_tasks 3 --test_tasks 3 --keep 1 --device cpu --csv'.split()
+    sizes = ('--filters 4 --n_steps 2 --n_tasks 2 --epochs 2 --iterations 2 --validation_tasks 3 --test_tasks 3 '
+             '--keep 1 --device cpu --csv').split()
     all_words = ['train', 'omniglot-5w1s', *words, *sizes, '--out', str(tmp_path / 'run')]
     assert main([*all_words, '--minutes', '1e-9']) == 3 and main(all_words) == 0
     assert set(read_run(tmp_path / 'run')['test']['norms']) == norms
-    for command in (['evaluate', '--tasks', '3', '--device', 'cpu'], ['show'], ['replay', '--iteration', '3']): assert main([command[0], str(tmp_path / 'run'), *command[1:]]) == 0
+    for command in (['evaluate', '--tasks', '3', '--device', 'cpu'], ['show'], ['replay', '--iteration', '3']):
+        assert main([command[0], str(tmp_path / 'run'), *command[1:]]) == 0
     assert main(['runs', str(tmp_path)]) == 0 and (tmp_path / 'run/metrics.csv').exists()
     said = capsys.readouterr().out
     assert (' %' in said.split('targets normalised by')[1].splitlines()[1]) == ('squared error' not in words)
@@ -363,7 +402,8 @@ def test_whatever_file_or_folder_holds_a_model_can_be_evaluated(drawn, tmp_path,
     for path in (run_folder, quick, quick.with_suffix('.safetensors')):
         assert main(['evaluate', str(path), '--tasks', '3', '--device', 'cpu', '--norm', 'targets']) == 0, path
     assert capsys.readouterr().out.count('tasks per second') == 3
-    assert main(['evaluate', str(tmp_path / 'no.safetensors'), '--device', 'cpu']) == 2 and 'does not say by which settings' in capsys.readouterr().err
+    assert (main(['evaluate', str(tmp_path / 'no.safetensors'), '--device', 'cpu']) == 2
+            and 'does not say by which settings' in capsys.readouterr().err)
 
 
 def test_a_run_that_goes_on_elsewhere_says_so(drawn, tmp_path):

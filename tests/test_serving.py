@@ -1,4 +1,5 @@
-"A model's inner loop as a program: the same answers for other numbers of classes and pictures, in PyTorch and in ONNX Runtime."
+"""A model's inner loop as a program: the same answers for other numbers of classes and pictures,
+in PyTorch and in ONNX Runtime."""
 import copy
 import dataclasses
 
@@ -27,7 +28,8 @@ def a_model(folder, drawings, **changes):
     config = dataclasses.replace(small, **changes)
     setup = set_up(config, drawings, compiled=False)
     sizes = {k: a * (1 + .1*i) for i, (k, a) in enumerate(setup.meta.step_sizes.items())}
-    save_meta(folder / 'model.safetensors', setup.meta._replace(step_sizes=sizes), {'config': dataclasses.asdict(config), 'channels': 1, 'size': 28})
+    save_meta(folder / 'model.safetensors', setup.meta._replace(step_sizes=sizes),
+              {'config': dataclasses.asdict(config), 'channels': 1, 'size': 28})
     return str(folder / 'model.safetensors')
 
 
@@ -39,7 +41,10 @@ def task(drawings, way, shot, keep=None):
 def rows(y): return torch.eye(int(y.max()) + 1)[y]
 
 
-@pytest.mark.parametrize('changes', [{'n_steps': 2}, {'method': 'meta-sgd'}, *(pytest.param(c, marks=pytest.mark.weekly) for c in ({'strided': True}, {'method': 'maml', 'blocks': 3}))], ids=str)
+@pytest.mark.parametrize('changes', [
+    {'n_steps': 2}, {'method': 'meta-sgd'},
+    *(pytest.param(c, marks=pytest.mark.weekly)
+      for c in ({'strided': True}, {'method': 'maml', 'blocks': 3}))], ids=str)
 def test_the_program_says_what_the_classifier_says(changes, tmp_path, drawings):
     model = a_model(tmp_path, drawings, **changes)
     run = exported_adaptation(model).module()
@@ -51,7 +56,9 @@ def test_the_program_says_what_the_classifier_says(changes, tmp_path, drawings):
             assert ours.shape == theirs.shape and np.allclose(ours, theirs, atol=1e-4)
     one = run(x, rows(y), targets[:1], torch.tensor(2.5)).detach().numpy()
     assert np.allclose(one, theirs[:1], atol=1e-4) # an answer depends on its picture alone
-    if changes.get('n_steps') == 2: assert not np.allclose(one, FewShotClassifier(model, n_steps=1, temperature=2.5).fit(x, y).predict_proba(targets[:1]), atol=1e-3)
+    if changes.get('n_steps') == 2:
+        assert not np.allclose(
+            one, FewShotClassifier(model, n_steps=1, temperature=2.5).fit(x, y).predict_proba(targets[:1]), atol=1e-3)
 
 
 def test_separate_rows_keep_their_number_of_classes(tmp_path, drawings):
@@ -65,7 +72,8 @@ def test_separate_rows_keep_their_number_of_classes(tmp_path, drawings):
 
 
 def test_what_a_record_can_not_hold_is_refused(tmp_path, drawings, monkeypatch):
-    with pytest.raises(ValueError, match='grouped'): convolution_back(None, None, None, None, [1], [1], [1], False, [0], 2, [True]*3)
+    with pytest.raises(ValueError, match='grouped'):
+        convolution_back(None, None, None, None, [1], [1], [1], False, [0], 2, [True]*3)
     found = read_pretrained('omniglot')
     other = found._replace(config=dataclasses.replace(found.config, loss='squared error'), net=copy.deepcopy(found.net))
     monkeypatch.setattr(serving, 'read_pretrained', lambda model: other)
@@ -73,7 +81,9 @@ def test_what_a_record_can_not_hold_is_refused(tmp_path, drawings, monkeypatch):
 
 
 def test_the_command_names_what_is_wrong(tmp_path, capsys):
-    for words, named in ((('omniglot', tmp_path / 'm.tflite'), '.onnx or .pt2'), (('nobody', tmp_path / 'm.pt2'), 'nobody'), (('omniglot', tmp_path / 'no/m.pt2'), 'no folder'),
+    for words, named in ((('omniglot', tmp_path / 'm.tflite'), '.onnx or .pt2'),
+                         (('nobody', tmp_path / 'm.pt2'), 'nobody'),
+                         (('omniglot', tmp_path / 'no/m.pt2'), 'no folder'),
                          (('omniglot', tmp_path / 'm.pt2', '--steps', '-1'), 'at least 0')):
         assert main(['export', *map(str, words)]) == 2
         err = capsys.readouterr().err

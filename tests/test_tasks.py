@@ -18,7 +18,8 @@ fields = ('support_x', 'target_x', 'support_y', 'target_y', 'classes', 'rows', '
 def sampler_settings(draw):
     way, shot, target = draw(st.integers(1, 6)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     counts = draw(st.lists(st.integers(shot + target, 12), min_size=way, max_size=way + 8))
-    return counts, dict(n_way=way, k_shot=shot, n_target=target, seed=draw(st.integers(0, 2**40)), rotate=draw(st.booleans()), mirror=draw(st.booleans()))
+    return counts, dict(n_way=way, k_shot=shot, n_target=target, seed=draw(st.integers(0, 2**40)),
+                        rotate=draw(st.booleans()), mirror=draw(st.booleans()))
 
 
 @settings(max_examples=150, deadline=None)
@@ -30,16 +31,17 @@ def test_an_episode_is_what_it_says(setting, first, n_tasks):
     way, shot, target = kw['n_way'], kw['k_shot'], kw['n_target']
     for task in range(n_tasks):
         rows = e.rows[task]
-        assert len(set(rows.flatten().tolist())) == way * (shot + target)    # nothing twice: support and target disjoint
-        assert len(set(e.classes[task].tolist())) == way                      # classes distinct
-        for label, c in enumerate(e.classes[task].tolist()):                  # every image is of its class
+        # nothing twice: support and target disjoint
+        assert len(set(rows.flatten().tolist())) == way * (shot + target)
+        assert len(set(e.classes[task].tolist())) == way # classes distinct
+        for label, c in enumerate(e.classes[task].tolist()): # every image is of its class
             assert ((rows[label] >= data.first[c]) & (rows[label] < data.first[c] + data.count[c])).all()
         assert e.support_y[task].bincount(minlength=way).tolist() == [shot] * way
         assert e.target_y[task].bincount(minlength=way).tolist() == [target] * way
     for x, y, part in ((e.support_x, e.support_y, slice(shot)), (e.target_x, e.target_y, slice(shot, None))):
         rows, mirrored = e.rows[:, :, part].flatten(1), e.mirrored[:, :, part].flatten(1)
         for task in range(n_tasks):
-            for i, r in enumerate(rows[task].tolist()):                       # the pixels are those of the row, turned, mirrored
+            for i, r in enumerate(rows[task].tolist()): # the pixels are those of the row, turned, mirrored
                 turned = data.images[r].rot90(int(e.turns[task, y[task, i]]), (1, 2))
                 assert torch.equal(x[task, i], (turned.flip(-1) if mirrored[task, i] else turned) / 255)
     assert (kw['rotate'] or not e.turns.any()) and (kw['mirror'] or not e.mirrored.any())
@@ -74,7 +76,8 @@ def test_uniform_over_classes_images_and_turns(seed):
         assert is_uniform(e.rows[:, :, column].flatten().bincount(minlength=800), 1 - 5 / 800)
     assert is_uniform(e.turns.flatten().bincount(minlength=4))
     seen = EpisodeSampler(numbered([20] * 40), 5, 1, 1, seed, rotate=True, mirror=True)(0, 8000)
-    for pairs in (seen.mirrored.flatten(2), torch.stack([seen.mirrored[..., 0], seen.turns > 1], -1)): # two coins, or a coin and half of the turns
+    # two coins, or a coin and half of the turns
+    for pairs in (seen.mirrored.flatten(2), torch.stack([seen.mirrored[..., 0], seen.turns > 1], -1)):
         assert is_uniform((pairs.long() @ torch.tensor([2, 1])).flatten().bincount(minlength=4))
     for label in range(5): # which label a class gets is free as well
         assert is_uniform(e.classes[:, label].bincount(minlength=40))
@@ -95,11 +98,13 @@ def test_the_uniformity_test_notices_a_lopsided_sampler():
 
 
 def test_seeds_and_splits_deal_different_episodes():
-    def rows(seed, split='train', n=50): return EpisodeSampler(numbered([10] * 20, split), seed=seed)(0, n).rows.flatten(1)
+    def rows(seed, split='train', n=50):
+        return EpisodeSampler(numbered([10] * 20, split), seed=seed)(0, n).rows.flatten(1)
     dealt = [rows(0), rows(1), rows(0, 'val'), rows(2**32)]
     for i, a in enumerate(dealt):
         for b in dealt[:i]: assert not (a == b).all(1).any()
-    assert not (rows(0, n=2000)[:, None] == rows(1)[None]).all(-1).any() # a neighbouring seed is not the same stream moved along
+    # a neighbouring seed is not the same stream moved along
+    assert not (rows(0, n=2000)[:, None] == rows(1)[None]).all(-1).any()
 
 
 def test_split_classes_never_mix(drawn):
@@ -187,8 +192,15 @@ def test_names_of_classes_and_classes_without_pictures(tmp_path):
 
 
 @pytest.mark.parametrize('items, named', [
-    ([], 'empty'), ([(torch.zeros(1, 4, 4), 'ox')], "item 0.*label is 'ox'"), ([(torch.zeros(1, 4, 4), 1.)], 'item 0.*label is 1.0'), ([(torch.zeros(1, 4, 4), -1)], 'item 0'),
-    ([(torch.zeros(1, 4, 4), 0), torch.zeros(1, 4, 4)], 'item 1'), ([(torch.randn(1, 4, 4), 0)], 'item 0.*Normalize'), ([(torch.zeros(2, 4, 4), 0)], 'item 0.*1 or 3 channels'),
-    ([(torch.zeros(1, 4, 4), 0), (torch.zeros(1, 5, 4), 0)], 'item 0 is .*item 1 is .*Give a size'), ([(np.zeros((4, 4)), 0)], 'item 0.*ndarray'), ([(torch.zeros(1, 4, 4).long(), 0)], 'item 0.*int64')])
+    ([], 'empty'),
+    ([(torch.zeros(1, 4, 4), 'ox')], "item 0.*label is 'ox'"),
+    ([(torch.zeros(1, 4, 4), 1.)], 'item 0.*label is 1.0'),
+    ([(torch.zeros(1, 4, 4), -1)], 'item 0'),
+    ([(torch.zeros(1, 4, 4), 0), torch.zeros(1, 4, 4)], 'item 1'),
+    ([(torch.randn(1, 4, 4), 0)], 'item 0.*Normalize'),
+    ([(torch.zeros(2, 4, 4), 0)], 'item 0.*1 or 3 channels'),
+    ([(torch.zeros(1, 4, 4), 0), (torch.zeros(1, 5, 4), 0)], 'item 0 is .*item 1 is .*Give a size'),
+    ([(np.zeros((4, 4)), 0)], 'item 0.*ndarray'),
+    ([(torch.zeros(1, 4, 4).long(), 0)], 'item 0.*int64')])
 def test_what_is_no_labelled_data_set_is_named(items, named):
     with pytest.raises(ValueError, match=named): from_dataset(Plain(items))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import tape
-from conftest import small_run
+from conftest import no_clock, quiet, small_run
 from mamlpp_nb.cli import main
 from mamlpp_nb.maml import Damaged, Diverged, load_meta, maml_parameters, outer_loop
 from mamlpp_nb.progress import Plan
@@ -27,13 +27,9 @@ from mamlpp_nb.training import grade_run, replay, train_and_test, train_run, tra
 here = Path(__file__).parent
 
 
-def program(*words, **more): return subprocess.run([sys.executable, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, **{'timeout': 300, **more})
-
-
-def quiet(text): pass
-
-
-def no_clock(folder): return [{k: v for k, v in r.items() if k not in ('seconds', 'memory_gb')} for r in read_metrics(folder)]
+def program(*words, **more):
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          **{'timeout': 300, **more})
 
 
 def equal(a, b):
@@ -56,20 +52,39 @@ def done(few, tmp_path_factory):
 # --- settings
 
 @pytest.mark.parametrize('name, way, shot, target, filters, tasks, inner_lr, annealed, epochs, first_order', [
-    ('omniglot-20w1s', 20, 1, 1, 64, 8, .1, 10, 100, 0), ('omniglot-20w5s', 20, 5, 1, 64, 8, .1, 10, 100, 0), ('omniglot-5w1s', 5, 1, 1, 64, 8, .1, 10, 100, 0),
-    ('omniglot-5w5s-paper', 5, 5, 1, 64, 16, .1, 10, 150, 50), ('omniglot-20w1s-paper', 20, 1, 1, 64, 16, .1, 10, 150, 50),
-    ('mini-imagenet-5w1s', 5, 1, 15, 48, 2, .01, 15, 100, 0), ('mini-imagenet-5w5s', 5, 5, 15, 48, 2, .01, 15, 100, 0), ('mini-imagenet-5w5s-paper', 5, 5, 15, 48, 4, .01, 15, 100, 50)])
-def test_presets_are_the_published_settings(name, way, shot, target, filters, tasks, inner_lr, annealed, epochs, first_order):
+    ('omniglot-20w1s', 20, 1, 1, 64, 8, .1, 10, 100, 0),
+    ('omniglot-20w5s', 20, 5, 1, 64, 8, .1, 10, 100, 0),
+    ('omniglot-5w1s', 5, 1, 1, 64, 8, .1, 10, 100, 0),
+    ('omniglot-5w5s-paper', 5, 5, 1, 64, 16, .1, 10, 150, 50),
+    ('omniglot-20w1s-paper', 20, 1, 1, 64, 16, .1, 10, 150, 50),
+    ('mini-imagenet-5w1s', 5, 1, 15, 48, 2, .01, 15, 100, 0),
+    ('mini-imagenet-5w5s', 5, 5, 15, 48, 2, .01, 15, 100, 0),
+    ('mini-imagenet-5w5s-paper', 5, 5, 15, 48, 4, .01, 15, 100, 50)])
+def test_presets_are_the_published_settings(name, way, shot, target, filters, tasks, inner_lr, annealed, epochs,
+                                            first_order):
     c = presets[name]
-    assert (c.n_way, c.k_shot, c.n_target, c.filters, c.n_tasks, c.inner_lr, c.multi_step_epochs, c.epochs, c.first_order_epochs) == (way, shot, target, filters, tasks, inner_lr, annealed, epochs, first_order)
-    assert c.iterations == 500 and c.validation_tasks == c.test_tasks == 600 and c.keep == 5 and c.n_steps == 5 and c.beta2 == .999
+    assert ((c.n_way, c.k_shot, c.n_target, c.filters, c.n_tasks,
+             c.inner_lr, c.multi_step_epochs, c.epochs, c.first_order_epochs)
+            == (way, shot, target, filters, tasks, inner_lr, annealed, epochs, first_order))
+    assert (c.iterations == 500 and c.validation_tasks == c.test_tasks == 600
+            and c.keep == 5 and c.n_steps == 5 and c.beta2 == .999)
     mini = c.data == 'mini-imagenet'
-    assert c.normalise == mini and c.rotate != mini and c.clamp == 10*mini and (c.outer_lr, c.last_outer_lr) == (1e-3, 1e-5)
+    assert (c.normalise == mini and c.rotate != mini and c.clamp == 10*mini
+            and (c.outer_lr, c.last_outer_lr) == (1e-3, 1e-5))
 
 
 @pytest.mark.parametrize('settings, named', [
-    ({'n_way': 1}, 'at least 2'), ({'epochs': 0}, 'at least 1'), ({'beta2': 1.}, 'below 1'), ({'average': 1.}, 'below 1'), ({'outer_lr': math.nan}, 'finite'), ({'clamp': -1.}, 'at least 0'),
-    ({'rotate': 1}, 'must be a bool'), ({'n_steps': 2.}, 'must be a int'), ({'n_steps': True}, 'must be a int'), ({'precision': 'float16'}, 'float64'), ({'method': 'x'}, 'choose from maml')])
+    ({'n_way': 1}, 'at least 2'),
+    ({'epochs': 0}, 'at least 1'),
+    ({'beta2': 1.}, 'below 1'),
+    ({'average': 1.}, 'below 1'),
+    ({'outer_lr': math.nan}, 'finite'),
+    ({'clamp': -1.}, 'at least 0'),
+    ({'rotate': 1}, 'must be a bool'),
+    ({'n_steps': 2.}, 'must be a int'),
+    ({'n_steps': True}, 'must be a int'),
+    ({'precision': 'float16'}, 'float64'),
+    ({'method': 'x'}, 'choose from maml')])
 def test_impossible_settings_are_refused(settings, named):
     with pytest.raises(ValueError, match=named): configure('omniglot-5w1s', **settings)
 
@@ -96,19 +111,23 @@ def test_a_stopped_run_ends_with_the_weights_of_one_never_stopped(size, kinds, l
 def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(few, done, tmp_path):
     disk = tmp_path / 'disk'
     disk.mkdir()
-    if program('-c', f'import subprocess, sys; sys.exit(subprocess.call(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", {str(disk)!r}]))').returncode: pytest.skip('mounting is not allowed here')
+    if program('-c', 'import subprocess, sys; sys.exit(subprocess.call('
+                     f'["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", {str(disk)!r}]))').returncode:
+        pytest.skip('mounting is not allowed here')
     try:
         with pytest.raises(OSError, match='make room'): train_run(small_run, disk / 'run', few, say=quiet)
         subprocess.run(['mount', '-o', 'remount,size=2m', str(disk)], check=True)
         assert train_run(small_run, disk / 'run', few, say=quiet) == 'complete'
-        assert equal(disk / 'run/last.safetensors', done / 'last.safetensors') and no_clock(disk / 'run') == no_clock(done)
+        assert (equal(disk / 'run/last.safetensors', done / 'last.safetensors')
+                and no_clock(disk / 'run') == no_clock(done))
     finally: subprocess.run(['umount', str(disk)], check=True)
 
 
 def test_out_of_time_then_on(few, done, tmp_path):
     starts = 0
     while train_run(small_run, tmp_path / 'run', few, minutes=1e-6, say=quiet) == 'out of time': starts += 1
-    assert starts > 3 and equal(tmp_path / 'run/last.safetensors', done / 'last.safetensors') and no_clock(tmp_path / 'run') == no_clock(done)
+    assert (starts > 3 and equal(tmp_path / 'run/last.safetensors', done / 'last.safetensors')
+            and no_clock(tmp_path / 'run') == no_clock(done))
 
 
 def test_the_newest_of_two_files_is_damaged(few, done, tmp_path):
@@ -128,7 +147,8 @@ def test_both_files_are_damaged(few, done, tmp_path):
     for _ in range(2): train_run(small_run, tmp_path, few, minutes=1e-6, say=quiet)
     for name in ('last', 'previous'): (tmp_path / f'{name}.safetensors').write_bytes(b'')
     assert train_run(small_run, tmp_path, few, say=said.append) == 'complete'
-    assert any('beginning from the start' in s for s in said) and equal(tmp_path / 'last.safetensors', done / 'last.safetensors')
+    assert (any('beginning from the start' in s for s in said)
+            and equal(tmp_path / 'last.safetensors', done / 'last.safetensors'))
 
 
 def test_every_flipped_bit_is_noticed(few, tmp_path):
@@ -144,7 +164,8 @@ def test_every_flipped_bit_is_noticed(few, tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(few, done):
     other = dataclasses.replace(small_run, filters=5)
-    with pytest.raises(ValueError, match='does not fit'): load_state(done / 'last.safetensors', first_state(other, set_up(other, few)))
+    with pytest.raises(ValueError, match='does not fit'):
+        load_state(done / 'last.safetensors', first_state(other, set_up(other, few)))
 
 
 def test_a_pickle_is_no_checkpoint(few, tmp_path):
@@ -153,15 +174,18 @@ def test_a_pickle_is_no_checkpoint(few, tmp_path):
     class Trap:
         def __reduce__(self): return (Path.touch, (tmp_path / 'it ran',))
     (tmp_path / 'last.safetensors').write_bytes(pickle.dumps(Trap()))
-    assert newest_state(tmp_path, first_state(small_run, set_up(small_run, few)), quiet) == [tmp_path / 'last.safetensors']
+    assert (newest_state(tmp_path, first_state(small_run, set_up(small_run, few)), quiet)
+            == [tmp_path / 'last.safetensors'])
     with pytest.raises(ValueError): load_meta(tmp_path / 'last.safetensors')
     assert not (tmp_path / 'it ran').exists()
 
 
 def test_one_folder_one_run(few, done, tmp_path):
-    with pytest.raises(ValueError, match='filters 4 there, 6 asked for'): train_run(dataclasses.replace(small_run, filters=6), done, few, say=quiet)
+    with pytest.raises(ValueError, match='filters 4 there, 6 asked for'):
+        train_run(dataclasses.replace(small_run, filters=6), done, few, say=quiet)
     with open_run(tmp_path / 'run', small_run):
-        said = program('-c', f'from mamlpp_nb.runs import open_run; from conftest import small_run; open_run({str(tmp_path / "run")!r}, small_run).__enter__()', cwd=here)
+        said = program('-c', 'from mamlpp_nb.runs import open_run; from conftest import small_run; '
+                             f'open_run({str(tmp_path / "run")!r}, small_run).__enter__()', cwd=here)
     assert said.returncode and 'a run is going on' in said.stderr
 
 
@@ -169,10 +193,13 @@ def test_one_folder_one_run(few, done, tmp_path):
 
 def test_metrics_and_best_epochs(done):
     rows = read_metrics(done)
-    assert [r['epoch'] for r in rows] == list(range(small_run.epochs)) and [r['iteration'] for r in rows] == [small_run.iterations*(e+1) for e in range(small_run.epochs)]
+    assert ([r['epoch'] for r in rows] == list(range(small_run.epochs))
+            and [r['iteration'] for r in rows] == [small_run.iterations*(e+1) for e in range(small_run.epochs)])
     for r in rows:
-        assert len(r['losses']) == small_run.iterations and abs(sum(r['losses'])/len(r['losses']) - r['loss']) < 1e-9 and abs(sum(r['loss_weights']) - 1) < 1e-9
-        assert len(r['validation']['accuracy']) == small_run.n_steps+1 and r['memory_gb'] > 0 and r['largest_gradient_norm'] >= r['gradient_norm'] > 0
+        assert (len(r['losses']) == small_run.iterations and abs(sum(r['losses'])/len(r['losses']) - r['loss']) < 1e-9
+                and abs(sum(r['loss_weights']) - 1) < 1e-9)
+        assert (len(r['validation']['accuracy']) == small_run.n_steps+1 and r['memory_gb'] > 0
+                and r['largest_gradient_norm'] >= r['gradient_norm'] > 0)
         assert r['second_order'] == (r['epoch'] >= small_run.first_order_epochs)
         assert all(len(a) == small_run.n_steps for k, a in r['step_sizes'].items() if k == 'head.weight')
     assert rows[0]['outer_lr'] > rows[-1]['outer_lr'] and rows[0]['seconds'] < rows[-1]['seconds']
@@ -198,7 +225,8 @@ def test_the_running_average_is_what_its_formula_says(few, tmp_path):
         advance(steps, config, 1)
         mean = {k: .8*m + .2*plain.meta.learned()[k].detach() for k, m in mean.items()}
     for k in mean: assert torch.allclose(mean[k], state.average[k], atol=1e-6)
-    assert torch.allclose(state.model.start['head.weight'], mean['start/head.weight'], atol=1e-6) and not torch.equal(state.model.start['head.weight'], state.meta.start['head.weight'])
+    assert (torch.allclose(state.model.start['head.weight'], mean['start/head.weight'], atol=1e-6)
+            and not torch.equal(state.model.start['head.weight'], state.meta.start['head.weight']))
 
 
 def test_last_opens_as_meta_parameters(done):
@@ -210,21 +238,25 @@ def test_clamp_bounds_the_network_and_not_the_step_sizes(few):
     deal = EpisodeSampler(few['train'], 3)
 
     class Look(torch.optim.SGD):
-        def step(self): self.seen = {k: t.grad.abs().max().item() for k, t in meta.learned().items() if t.grad is not None}
+        def step(self):
+            self.seen = {k: t.grad.abs().max().item() for k, t in meta.learned().items() if t.grad is not None}
     setup = set_up(small_run, few)
     meta, largest = setup.meta, []
     for clamp in (0., 1e-3):
         optimizer = Look(meta.learned().values(), lr=1.)
         next(outer_loop(setup.forward, meta, deal, optimizer, 2, clamp=clamp))
         largest.append(optimizer.seen)
-    assert all(v < 1.0001e-3 for k, v in largest[1].items() if not k.startswith('step_sizes')) and max(v for k, v in largest[0].items() if not k.startswith('step_sizes')) > 1e-3
-    assert {k: v for k, v in largest[0].items() if k.startswith('step_sizes')} == {k: v for k, v in largest[1].items() if k.startswith('step_sizes')}
+    assert (all(v < 1.0001e-3 for k, v in largest[1].items() if not k.startswith('step_sizes'))
+            and max(v for k, v in largest[0].items() if not k.startswith('step_sizes')) > 1e-3)
+    assert ({k: v for k, v in largest[0].items() if k.startswith('step_sizes')}
+            == {k: v for k, v in largest[1].items() if k.startswith('step_sizes')})
 
 
 def test_colours_are_normalised_once(few):
     grey = few['train']
     from mamlpp_nb.tasks import ClassImages
-    colour = {s: ClassImages(d.images[:600].expand(-1, 3, -1, -1).contiguous(), [20]*30, d.names, s) for s, d in few.items()}
+    colour = {s: ClassImages(d.images[:600].expand(-1, 3, -1, -1).contiguous(), [20]*30, d.names, s)
+              for s, d in few.items()}
     config = dataclasses.replace(small_run, normalise=True, rotate=False)
     a, b = set_up(config, colour), set_up(dataclasses.replace(config, normalise=False), colour)
     x = torch.rand(4, 3, 28, 28)
@@ -237,7 +269,8 @@ def test_colours_are_normalised_once(few):
 
 def test_any_steps_any_norm_any_relabelling(few, done):
     plain = grade_run(done, few)
-    assert set(plain['norms']) == {'targets', 'support', 'running'} and plain['n_tasks'] == small_run.test_tasks and plain['tasks_per_second'] > 0
+    assert (set(plain['norms']) == {'targets', 'support', 'running'} and plain['n_tasks'] == small_run.test_tasks
+            and plain['tasks_per_second'] > 0)
     assert plain['models'] == [f'best-epoch-{e:03d}' for e in best_epochs(read_metrics(done), small_run.keep)]
     longer = grade_run(done, few, n_steps=6, norms=('targets',), n_tasks=8)
     assert len(longer['norms']['targets']['single']['accuracy']) == 7 and set(longer['norms']) == {'targets'}
@@ -253,7 +286,8 @@ def test_a_damaged_model_is_left_out_and_named(few, done, tmp_path):
     copy, said = Path(shutil.copytree(done, tmp_path / 'copy')), []
     worst = sorted(copy.glob('best-*.safetensors'))[-1]
     worst.write_bytes(worst.read_bytes()[:-1])
-    assert len(grade_run(copy, few, norms=('targets',), say=said.append)['models']) == small_run.keep-1 and worst.name in said[0]
+    assert (len(grade_run(copy, few, norms=('targets',), say=said.append)['models']) == small_run.keep-1
+            and worst.name in said[0])
 
 
 def test_relabelling_changes_nothing_where_the_head_treats_labels_alike(few, done):
@@ -265,7 +299,8 @@ def test_relabelling_changes_nothing_where_the_head_treats_labels_alike(few, don
     meta = maml_parameters(setup.net)
     meta.start['head.weight'].data.zero_()
     e = setup.test(0, 2)
-    one, all3 = (step_logits(setup.forward, meta, e, {'targets': predict_targets(setup.net)}, 2, n)['targets'] for n in (1, 3))
+    one, all3 = (step_logits(setup.forward, meta, e, {'targets': predict_targets(setup.net)}, 2, n)['targets']
+                 for n in (1, 3))
     assert torch.allclose(one, all3, atol=1e-10) and one[-1].std() > 1e-3
 
 
@@ -283,7 +318,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_repeated(few, tmp_pa
     with pytest.raises(Diverged, match=r'iteration \d+.*mamlpp replay') as e: train_run(wild, tmp_path, few, say=quiet)
     state = first_state(wild, set_up(wild, few))
     newest_state(tmp_path, state)
-    assert f'iteration {state.iteration} ' in str(e.value) and all(t.isfinite().all() for t in state.meta.learned().values())
+    assert (f'iteration {state.iteration} ' in str(e.value)
+            and all(t.isfinite().all() for t in state.meta.learned().values()))
     again = replay(tmp_path, state.iteration, few)
     assert not all(math.isfinite(t['loss'] + t['gradient_norm']) for t in again['tasks'])
 
@@ -294,7 +330,9 @@ def test_evaluation_takes_few_tasks_at_a_time(few, done):
 
     class Spy:
         device = 'cpu'
-        def __call__(self, first, n): asked.append(n); return setup.test(first, n)
+        def __call__(self, first, n):
+            asked.append(n)
+            return setup.test(first, n)
     grade_models(setup.net, [setup.meta], Spy(), 21, 2, portion=5)
     assert asked == [5, 5, 5, 5, 1]
 
@@ -302,17 +340,20 @@ def test_evaluation_takes_few_tasks_at_a_time(few, done):
 def test_validation_by_the_fast_inner_loop_says_what_the_plain_one_says(few, done):
     from mamlpp_nb.maml import evaluate
     setup = set_up(small_run, few)
-    fast, plain = (evaluate(setup.forward, setup.meta, setup.validation, 20, small_run.n_steps, **how).per_task for how in ({'adapt': setup.adapt}, {}))
+    fast, plain = (evaluate(setup.forward, setup.meta, setup.validation, 20, small_run.n_steps, **how).per_task
+                   for how in ({'adapt': setup.adapt}, {}))
     assert torch.equal(fast, plain) and fast.std() > 0
 
 
 # --- the program
 
-small_words = '--data glyphs --n_way 3 --filters 4 --n_steps 2 --n_tasks 3 --epochs 2 --iterations 4 --validation_tasks 5 --test_tasks 5 --keep 2 --device cpu'.split()
+small_words = ('--data glyphs --n_way 3 --filters 4 --n_steps 2 --n_tasks 3 --epochs 2 --iterations 4 '
+               '--validation_tasks 5 --test_tasks 5 --keep 2 --device cpu').split()
 
 
 def test_signals_end_with_their_exit_codes(tmp_path, files):
-    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words, '--data', str(files), '--iterations', '100000', '--out', str(tmp_path / 'run')]
+    words = ['-m', 'mamlpp_nb.cli', 'train', 'omniglot-5w1s', *small_words, '--data', str(files),
+             '--iterations', '100000', '--out', str(tmp_path / 'run')]
     for starts, (number, code) in enumerate(((signal.SIGTERM, 143), (signal.SIGINT, 130)), 1):
         process = subprocess.Popen([sys.executable, '-u', *words], stdout=subprocess.PIPE, text=True)
         while not (tmp_path / 'run/config.json').exists() or len(read_run(tmp_path / 'run')['starts']) < starts:
@@ -321,7 +362,8 @@ def test_signals_end_with_their_exit_codes(tmp_path, files):
         time.sleep(1)
         process.send_signal(number)
         out, _ = process.communicate(timeout=60)
-        assert process.returncode == code and 'the same command goes on' in out and (tmp_path / 'run/last.safetensors').exists()
+        assert (process.returncode == code and 'the same command goes on' in out
+                and (tmp_path / 'run/last.safetensors').exists())
 
 
 @pytest.fixture
@@ -338,7 +380,9 @@ def mamlpp(tmp_path, monkeypatch, capsys):
 def test_two_processes_learn_what_one_does_and_either_goes_on_with_the_others_run(tmp_path, files, mamlpp):
     words = ['train', 'omniglot-5w1s', *small_words, '--data', str(files), '--precision', 'float64']
 
-    def two(*more): return program('-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', '-m', 'mamlpp_nb.cli', *words, *more, cwd=tmp_path)
+    def two(*more):
+        return program('-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', '-m', 'mamlpp_nb.cli',
+                       *words, *more, cwd=tmp_path)
     assert mamlpp(*words, '--out', 'one')[0] == 0
     said = two('--out', 'two', '--json')
     assert said.returncode == 0, said.stderr
@@ -350,7 +394,8 @@ def test_two_processes_learn_what_one_does_and_either_goes_on_with_the_others_ru
         assert set(one) == set(other)
         for k, t in one.items():
             idle = k.startswith('start/conv') and k.endswith('bias') # before batch norm: rounding that Adam blows up
-            if k.startswith(('start/', 'per_step/', 'step_sizes/')) and not idle: assert (t - other[k]).norm() <= 1e-11*t.norm()
+            if k.startswith(('start/', 'per_step/', 'step_sizes/')) and not idle:
+                assert (t - other[k]).norm() <= 1e-11*t.norm()
     assert len(read_run(tmp_path / 'both')['starts']) == 2
     assert read_run(tmp_path / 'one')['test']['norms'] == read_run(tmp_path / 'two')['test']['norms']
 
@@ -361,13 +406,16 @@ def test_the_same_command_goes_on_and_another_gets_another_folder(tmp_path, maml
     assert mamlpp(*words)[0] == 0
     assert mamlpp(*words, '--seed', '1', '--method', 'maml', '--tensorboard')[0] == 0
     listed = json.loads(mamlpp('runs', '--json')[1])
-    assert len(listed) == 2 and {r['status'] for r in listed} == {'complete'} and {r['config']['seed'] for r in listed} == {0, 1}
-    assert all(Path(r['folder']).name.startswith(f"omniglot-5w1s-{r['config']['method']}-seed{r['config']['seed']}") for r in listed)
+    assert (len(listed) == 2 and {r['status'] for r in listed} == {'complete'}
+            and {r['config']['seed'] for r in listed} == {0, 1})
+    assert all(Path(r['folder']).name.startswith(
+        f"omniglot-5w1s-{r['config']['method']}-seed{r['config']['seed']}") for r in listed)
     maml = tmp_path / next(r['folder'] for r in listed if r['config']['method'] == 'maml')
     assert list((maml / 'tensorboard').glob('events*'))
     code, shown, _ = mamlpp('show', maml)
     assert code == 0 and 'complete' in shown and (maml / 'curve.png').stat().st_size > 1000
-    tested = json.loads(mamlpp('evaluate', maml, '--json', '--steps', '3', '--norm', 'support', '--device', 'cpu')[1].splitlines()[-1])
+    tested = json.loads(mamlpp('evaluate', maml, '--json', '--steps', '3', '--norm', 'support',
+                               '--device', 'cpu')[1].splitlines()[-1])
     assert tested['n_steps'] == 3 and list(tested['norms']) == ['support']
 
 
@@ -375,19 +423,23 @@ def test_the_same_command_goes_on_and_another_gets_another_folder(tmp_path, maml
 def test_a_run_long_enough_compiles_unless_told_otherwise(few, monkeypatch, vectors, usual):
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: vectors)
     long = dataclasses.replace(small_run, epochs=10**8)
-    assert [set_up(c, few, compiled=asked).compiled for c in (small_run, long) for asked in (None, False, True)] == [False, False, True, usual, False, True]
+    assert [set_up(c, few, compiled=asked).compiled
+            for c in (small_run, long) for asked in (None, False, True)] == [False, False, True, usual, False, True]
 
 
 @pytest.mark.parametrize('compiler', ['none', pytest.param('torch.compile', marks=pytest.mark.weekly)])
 def test_a_compiled_run_goes_on_to_the_same_bits(few, tmp_path, monkeypatch, compiler):
     "Without a compiler, what is to be compiled runs as it is: the same road, at once"
     monkeypatch.setattr('mamlpp_nb.config.worth_compiling', lambda *a: True)
-    if compiler == 'none': monkeypatch.setattr('mamlpp_nb.passes.Fused.compiled', lambda self: lambda *arguments: self.plain(*arguments))
+    if compiler == 'none':
+        monkeypatch.setattr('mamlpp_nb.passes.Fused.compiled', lambda self: lambda *arguments: self.plain(*arguments))
     said = []
     assert train_run(small_run, tmp_path / 'whole', few, say=said.append) == 'complete'
-    assert any('compiling everything this run needs' in s for s in said) and any(s.startswith('compiled in') for s in said)
+    assert (any('compiling everything this run needs' in s for s in said)
+            and any(s.startswith('compiled in') for s in said))
     while train_run(small_run, tmp_path / 'parts', few, minutes=1e-6, say=quiet) != 'complete': pass
-    assert equal(tmp_path / 'parts/last.safetensors', tmp_path / 'whole/last.safetensors') and no_clock(tmp_path / 'parts') == no_clock(tmp_path / 'whole')
+    assert (equal(tmp_path / 'parts/last.safetensors', tmp_path / 'whole/last.safetensors')
+            and no_clock(tmp_path / 'parts') == no_clock(tmp_path / 'whole'))
     assert replay(tmp_path / 'whole', 4, few)['loss'] == replay(tmp_path / 'whole', 4, few)['recorded']
 
 
@@ -441,7 +493,8 @@ def test_validation_and_test_are_announced_and_in_the_time_left(few, tmp_path):
             super().line(text)
     plan = Watched(said.append)
     train_runs([small_run], [tmp_path], few, say=said.append, plan=plan)
-    for part in ('first-order gradient, targets graded after every inner step: 3 outer steps, about', 'second-order', 'validation: 12 tasks, about', 'test: 208 tasks of a model, about', ' in all on '):
+    for part in ('first-order gradient, targets graded after every inner step: 3 outer steps, about', 'second-order',
+                 'validation: 12 tasks, about', 'test: 208 tasks of a model, about', ' in all on '):
         assert any(part in s for s in said), part
     assert left and left[0] == plan.parts['test'].left > 0 # after the last epoch the test is still to come
 
@@ -487,7 +540,8 @@ def test_a_seed_that_is_behind_catches_up(few, tmp_path):
 
 def test_runs_that_go_together_differ_in_the_seed_alone(few, tmp_path):
     for second in (small_run, dataclasses.replace(small_run, seed=1, n_steps=3)):
-        with pytest.raises(ValueError, match='differ in their seeds'): train_runs([small_run, second], [tmp_path / 'a', tmp_path / 'b'], few, say=quiet)
+        with pytest.raises(ValueError, match='differ in their seeds'):
+            train_runs([small_run, second], [tmp_path / 'a', tmp_path / 'b'], few, say=quiet)
     assert not (tmp_path / 'a').exists()
 
 
@@ -500,7 +554,8 @@ def test_one_of_two_seeds_diverges_and_is_named(few, tmp_path, monkeypatch):
         if len(calls) == 2: next(iter(meta.start.values())).data.fill_(float('inf'))
         return taken(meta, lr, beta2)
     monkeypatch.setattr(runs, 'fused_adam', explosive)
-    with pytest.raises(Diverged, match='iteration 0, .* of seed 1;'): train_runs(of_seeds(small_run, 2), [tmp_path / 'a', tmp_path / 'b'], few, say=quiet)
+    with pytest.raises(Diverged, match='iteration 0, .* of seed 1;'):
+        train_runs(of_seeds(small_run, 2), [tmp_path / 'a', tmp_path / 'b'], few, say=quiet)
 
 
 @pytest.mark.parametrize('average', [0., .5])
@@ -509,11 +564,13 @@ def test_a_captured_run_ends_with_the_same_bits(few, tmp_path, monkeypatch, aver
     config = dataclasses.replace(small_run, average=average)
     train_run(config, tmp_path / 'plain', few, say=quiet)
     made = training.outer_steps
-    monkeypatch.setattr(training, 'outer_steps', lambda config, seeds, world, captured: made(config, seeds, world, True))
+    monkeypatch.setattr(training, 'outer_steps',
+                        lambda config, seeds, world, captured: made(config, seeds, world, True))
     monkeypatch.setattr(training, 'stretch', lambda config, device, pace: config.iterations) # as on a GPU
     monkeypatch.setattr('mamlpp_nb.speed.capture', tape.capture)
     train_run(config, tmp_path / 'taped', few, say=quiet)
-    assert equal(tmp_path / 'plain/last.safetensors', tmp_path / 'taped/last.safetensors') and no_clock(tmp_path / 'plain') == no_clock(tmp_path / 'taped')
+    assert (equal(tmp_path / 'plain/last.safetensors', tmp_path / 'taped/last.safetensors')
+            and no_clock(tmp_path / 'plain') == no_clock(tmp_path / 'taped'))
 
 
 def test_seeds_on_the_command_line(tmp_path, mamlpp):

@@ -1,4 +1,5 @@
-"The book on the web: links and pictures resolve, nbdev and nbconvert make pages of every notebook, and the workflow pins what makes them."
+"""The book on the web: links and pictures resolve, nbdev and nbconvert make pages of every notebook,
+and the workflow pins what makes them."""
 import base64
 import html
 import json
@@ -78,15 +79,20 @@ def test_a_page_links_to_pages_of_its_own_folder(path):
 
 
 def test_a_broken_link_is_found():
-    text = 'See [one](00_tasks.ipynb), ![two](images/none.png), [three](#nowhere), [four](20_omniglot.html#nowhere), `[five](x)` and <img src="six.png">.'
-    assert broken(root / 'nbs/index.ipynb', text) == ['images/none.png', '#nowhere', '20_omniglot.html#nowhere', 'six.png']
-    assert not broken(root / 'nbs/index.ipynb', '[a](#two-commands) [b](20_omniglot.html#reduced-size) [c](https://example.org/x)')
-    assert places('records in nbs/results/tables, `results/bench-cpu.json`.') == ['nbs/results/tables', 'results/bench-cpu.json']
+    text = ('See [one](00_tasks.ipynb), ![two](images/none.png), [three](#nowhere), [four](20_omniglot.html#nowhere), '
+            '`[five](x)` and <img src="six.png">.')
+    assert broken(root / 'nbs/index.ipynb', text) == [
+        'images/none.png', '#nowhere', '20_omniglot.html#nowhere', 'six.png']
+    assert not broken(root / 'nbs/index.ipynb',
+                      '[a](#two-commands) [b](20_omniglot.html#reduced-size) [c](https://example.org/x)')
+    assert places('records in nbs/results/tables, `results/bench-cpu.json`.') == [
+        'nbs/results/tables', 'results/bench-cpu.json']
 
 
 def test_readme_links_where_the_front_page_of_the_site_does():
     here = {link for text in texts(root / 'nbs/index.ipynb') for link in links(text) if link.endswith('.ipynb')}
-    assert {f'nbs/{link}' for link in here} == {link for link in links(readme.read_text(encoding='utf-8')) if link.endswith('.ipynb')}
+    assert {f'nbs/{link}' for link in here} == {
+        link for link in links(readme.read_text(encoding='utf-8')) if link.endswith('.ipynb')}
     assert {p.name for p in pages} - {'index.ipynb'} <= here
 
 
@@ -100,13 +106,15 @@ def made():
 
 def equations(path):
     "Displayed equations, as they are written."
-    return [e for c in cells(path) if c['cell_type'] == 'markdown' for e in re.findall(r'\$\$.+?\$\$', ''.join(c['source']), re.S)]
+    return [e for c in cells(path) if c['cell_type'] == 'markdown'
+            for e in re.findall(r'\$\$.+?\$\$', ''.join(c['source']), re.S)]
 
 
 every_day = {'index', '09_adjoint', '22_learned_rates'} # code, equations, figures, the player; the others once a week
 
 
-@pytest.mark.parametrize('path', [pytest.param(p, id=p.stem, marks=() if p.stem in every_day else pytest.mark.weekly) for p in pages])
+@pytest.mark.parametrize('path', [pytest.param(p, id=p.stem, marks=() if p.stem in every_day else pytest.mark.weekly)
+                                  for p in pages])
 def test_nbconvert_makes_a_page(path, made):
     page = made(path)
     figures = [''.join(o['data']['image/png']).strip() for o in outputs(path) if 'image/png' in o.get('data', {})]
@@ -121,26 +129,33 @@ def test_nbconvert_makes_a_page(path, made):
 
 def test_the_player_is_on_the_page_that_nbconvert_makes(made):
     page = made(root / 'nbs/22_learned_rates.ipynb')
-    charts = json.loads(html.unescape(re.search(r"""<div class="rates-player" data-charts=(["'])(\[.*?\])\1""", page)[2]))
+    charts = json.loads(html.unescape(re.search(
+        r"""<div class="rates-player" data-charts=(["'])(\[.*?\])\1""", page)[2]))
     script = (root / 'mamlpp_nb/rates_player.js').read_text(encoding='utf-8')
     assert script in page and charts and all({'title', 'seeds'} <= set(chart) for chart in charts)
 
 
 def test_nbdev_makes_pages_of_all_notebooks(tmp_path):
-    "What Quarto is given; Quarto itself comes from no package registry. `nbdev_proc_nbs` is this, after it has installed Quarto."
+    "What Quarto is given: `nbdev_proc_nbs` does this, too, but first installs Quarto, which no package registry has"
     pytest.importorskip('nbdev', reason='nbdev is not installed')
-    for part in ('nbs', 'mamlpp_nb'): shutil.copytree(root / part, tmp_path / part, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for part in ('nbs', 'mamlpp_nb'):
+        shutil.copytree(root / part, tmp_path / part,
+                        ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     shutil.copy(root / 'settings.ini', tmp_path)
     command = [sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=1)']
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path)}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+                          capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout + done.stderr, done.stderr[-2000:]
     for path in pages:
         made = cells(tmp_path / '_proc' / path.name)
         assert re.search(r'^title: \S', ''.join(made[0]['source']), re.M), path.name
-        pictures = [sum('image/png' in o.get('data', {}) for c in some if c['cell_type'] == 'code' for o in c['outputs']) for some in (made, cells(path))]
+        pictures = [sum('image/png' in o.get('data', {})
+                        for c in some if c['cell_type'] == 'code' for o in c['outputs'])
+                    for some in (made, cells(path))]
         assert pictures[0] == pictures[1], path.name
         code = '\n'.join(''.join(c['source']) for c in made if c['cell_type'] == 'code')
-        defined = re.findall(r'^(?:def|class) \w+', '\n'.join(''.join(c['source']) for c in cells(path) if '#| export' in ''.join(c['source'])), re.M)
+        defined = re.findall(r'^(?:def|class) \w+', '\n'.join(
+            ''.join(c['source']) for c in cells(path) if '#| export' in ''.join(c['source'])), re.M)
         assert all(line in code for line in defined), f'{path.name}: its code is not on the page'
     for name in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml'): assert (tmp_path / '_proc' / name).exists()
 
@@ -149,5 +164,6 @@ def test_the_workflow_of_the_site_pins_what_makes_it():
     text = (root / '.github/workflows/docs.yml').read_text(encoding='utf-8')
     actions = re.findall(r'uses: (\S+)@(\S+)', text)
     assert actions and all(re.fullmatch(r'v\d+\.\d+\.\d+|[0-9a-f]{40}', version) for _, version in actions)
-    for name in ('QUARTO', 'NBDEV'): assert re.search(rf'^ +{name}: "\d+\.\d+\.\d+"$', text, re.M) and f'${name}' in text
+    for name in ('QUARTO', 'NBDEV'):
+        assert re.search(rf'^ +{name}: "\d+\.\d+\.\d+"$', text, re.M) and f'${name}' in text
     assert 'latest' not in text
