@@ -449,8 +449,8 @@ def test_an_interval_of_a_share_stays_within_0_and_1():
 
 @pytest.mark.parametrize('model', sorted(p.stem for p in models_folder.glob('*.safetensors')))
 def test_a_packaged_model_travels_with_the_package_and_its_card_says_what_it_is(model):
-    card, record = ((models_folder / f'{model}.md').read_text(),
-                    load_meta(models_folder / f'{model}.safetensors')[1]['record'])
+    card = (models_folder / f'{model}.md').read_text()
+    record = load_meta(models_folder / f'{model}.safetensors')[1]['record']
     kept = json.loads((models_folder.parent.parent / f'nbs/results/tables/{record}.json').read_text())
     assert (models_folder / f'{model}.safetensors').stat().st_size < 1e6
     # all but the grades

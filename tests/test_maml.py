@@ -71,8 +71,9 @@ class Smooth(nn.Module):
     def __init__(self):
         super().__init__()
         g = torch.Generator().manual_seed(1)
-        self.conv, self.norm, self.head = (
-            nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False), nn.Linear(8, 2))
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.norm = nn.BatchNorm2d(2, track_running_stats=False)
+        self.head = nn.Linear(8, 2)
         for p in self.parameters(): p.data = torch.randn(p.shape, generator=g)
     def forward(self, x): return self.head(self.norm(self.conv(x)).tanh().flatten(1))
 

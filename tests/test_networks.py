@@ -39,8 +39,8 @@ def test_the_batch_of_tasks_is_each_task_alone(name):
 def test_the_meta_gradient_is_the_naive_one(name, second_order):
     net, e = networks()[name], noise_episodes(n_tasks=2, size=16)
     meta = maml_parameters(net)
-    loss, yardstick = (meta_loss(task_batched(net), meta, e, 2, second_order)[0],
-                       naive_meta_loss(net, meta, e, 2, second_order))
+    loss = meta_loss(task_batched(net), meta, e, 2, second_order)[0]
+    yardstick = naive_meta_loss(net, meta, e, 2, second_order)
     assert abs(loss - yardstick) < 1e-11
     assert gradient_error(learned_gradients(loss, meta), learned_gradients(yardstick, meta)) < 1e-8
 

@@ -56,8 +56,9 @@ def test_every_subset_of_parts_agrees_with_the_loop_over_tasks(method, strided):
 @pytest.mark.parametrize('epoch', [0, 2, 5])
 def test_mamlpp_agrees_with_the_loop_over_tasks_at_any_number_of_steps(n_steps, epoch):
     net, meta = small(methods['mamlpp'], n_steps=n_steps)
-    meta, e, arguments = (shaken(meta), noise_episodes(n_tasks=2),
-                          loss_parts(methods['mamlpp'], schedule, epoch, n_steps))
+    meta = shaken(meta)
+    e = noise_episodes(n_tasks=2)
+    arguments = loss_parts(methods['mamlpp'], schedule, epoch, n_steps)
     loss, _ = meta_loss(task_batched(net), meta, e, **arguments)
     yardstick = naive_graded_loss(net, meta, e, arguments['loss_weights'], arguments['second_order'])
     assert gradient_error(learned_gradients(loss, meta), learned_gradients(yardstick, meta)) < 1e-8
@@ -85,8 +86,8 @@ def test_a_part_at_its_maml_value_is_maml_to_the_bit(change, dtype):
     net, e = Conv4(3, filters=6).to(dtype), noise_episodes(dtype=dtype)
     plain = maml_parameters(net, .1)
     other, arguments = change(plain)
-    (a, hits), (b, other_hits) = (meta_loss(task_batched(net), plain, e),
-                                  meta_loss(task_batched(net), other, e, **arguments))
+    a, hits = meta_loss(task_batched(net), plain, e)
+    b, other_hits = meta_loss(task_batched(net), other, e, **arguments)
     assert torch.equal(a, b) and torch.equal(hits, other_hits)
     start, other_start = (torch.autograd.grad(l, list(m.start.values())) for l, m in ((a, plain), (b, other)))
     assert all(torch.equal(s, o) for s, o in zip(start, other_start))
@@ -185,8 +186,8 @@ def test_loss_weights_are_weights(n_steps, epoch, anneal):
     assert len(w) == n_steps and abs(sum(w) - 1) < 1e-12 and min(w) >= 0 and max(w) <= w[-1] + 1e-12
     if epoch >= anneal: assert w == [0.]*(n_steps-1) + [1.]
     else: # the published pair of formulas
-        early, last = (max(1/n_steps - epoch/(n_steps*anneal), .03/n_steps),
-                       min(1/n_steps + epoch*(n_steps-1)/(n_steps*anneal), 1 - (n_steps-1)*.03/n_steps))
+        early = max(1/n_steps - epoch/(n_steps*anneal), .03/n_steps)
+        last = min(1/n_steps + epoch*(n_steps-1)/(n_steps*anneal), 1 - (n_steps-1)*.03/n_steps)
         assert w[:-1] == [early]*(n_steps-1) and abs(w[-1] - last) < 1e-12
 
 

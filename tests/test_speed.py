@@ -52,8 +52,8 @@ def scattered(net, method, e): # no table with equal rows, no gamma with one sig
 @pytest.mark.parametrize('filters, compiled', [(12, False), pytest.param(64, False, marks=pytest.mark.weekly),
                                                pytest.param(64, True, marks=pytest.mark.weekly)])
 def test_any_width_agrees_with_the_naive_loop_in_float64(drawn, strided, filters, compiled):
-    net, e = (Conv4(5, filters=filters, strided=strided).double(),
-              double(EpisodeSampler(drawn['train'], 5, 1, 1, rotate=True)(0, 2)))
+    net = Conv4(5, filters=filters, strided=strided).double()
+    e = double(EpisodeSampler(drawn['train'], 5, 1, 1, rotate=True)(0, 2))
     gradient = fast_gradient(net, compiled)
     for method, epoch in ((('mamlpp', 0), ('mamlpp', 99), ('maml', 0), ('maml+bn', 0))
                           if not compiled else (('mamlpp', 0), ('maml', 0))):
@@ -67,8 +67,8 @@ def test_every_method_with_every_road(drawn, method):
     e = double(EpisodeSampler(drawn['train'], 3, 2, 1)(5, 3))
     for strided, n_steps in ((False, 1), (False, 3), (True, 3)):
         net = Conv4(3, filters=6, strided=strided).double()
-        meta, parts = (scattered(net, method, e),
-                       loss_parts(find_method(method), Schedule(first_order_epochs=0), 0, n_steps))
+        meta = scattered(net, method, e)
+        parts = loss_parts(find_method(method), Schedule(first_order_epochs=0), 0, n_steps)
         loss, exact = naive(net, meta, e, **parts)
         for calculus, recompute in itertools.product(
                 (conv4_calculus(net), conv4_calculus(net)._replace(portion=lambda x: 2),
@@ -79,8 +79,9 @@ def test_every_method_with_every_road(drawn, method):
 @pytest.mark.parametrize('size, channels', [(16, 1), (29, 3), (33, 1)])
 def test_any_size_of_image(size, channels):
     g = torch.Generator().manual_seed(0)
-    x, y, z = (torch.rand(2, 6, channels, size, size, generator=g, dtype=torch.float64),
-               torch.arange(3).repeat(2, 2), torch.zeros(2, 3, dtype=torch.int64))
+    x = torch.rand(2, 6, channels, size, size, generator=g, dtype=torch.float64)
+    y = torch.arange(3).repeat(2, 2)
+    z = torch.zeros(2, 3, dtype=torch.int64)
     e = Episodes(x, y, x.flip(1), y.flip(1), z, z, z)
     for strided, blocks in ((False, 4), (True, 4), (True, 6), (False, 3), (False, 1)):
         net = Conv4(3, channels, size, 5, strided, blocks=blocks).double()
@@ -154,8 +155,9 @@ def test_impossible_weights_are_refused(drawn):
 def test_the_count_is_what_pytorch_counts(strided, size, channels, targets, blocks):
     from torch.utils.flop_counter import FlopCounterMode
     net = Conv4(5, channels, size, 8, strided, blocks=blocks)
-    x, y, z = ((lambda n: torch.rand(2, n, channels, size, size)), (lambda n: (torch.arange(n) % 5).repeat(2, 1)),
-               torch.zeros(2, 5, dtype=torch.int64))
+    def x(n): return torch.rand(2, n, channels, size, size)
+    def y(n): return (torch.arange(n) % 5).repeat(2, 1)
+    z = torch.zeros(2, 5, dtype=torch.int64)
     e = Episodes(x(5), y(5), x(targets), y(targets), z, z, z)
     meta = maml_parameters(net, .1)
     for second_order in (False, True):
