@@ -284,7 +284,7 @@ def test_a_network_of_the_readers_own_learns_too(drawn):
     (0, 4, 100, 'in_a_thread'), (0, 1, 200, 'fill'), (4, 4, 20, 'in_a_thread')],
     ids=['no thread came first', 'nothing lies above', 'threads came first'])
 def test_what_was_freed_is_used_again_in_every_thread(earlier, tensors, megabytes, where):
-    """Tensors larger than any block that glibc keeps by itself; if no thread came first, than the heap of a thread, too.
+    """Tensors larger than any block that glibc keeps by itself; if no thread came first, than the heap of a thread too.
     The heap grows now and then, where small things came to lie between large ones: so most rounds take no new page."""
     code = f"""
 import resource, statistics, threading, torch
