@@ -23,14 +23,15 @@ path, compared = results / 'paired.json', ('omniglot-20w1s-tenth', 'omniglot-20w
 
 
 def right_answers(model, record, data):
-    "Of each test task, how many targets the model names rightly after the last inner step; as its record says in the mean"
+    "Of each test task, how many targets are named rightly after the last inner step: in the mean what the record says"
     meta, notes = load_meta(model)
     config = Config(**notes['config'])
     setup = set_up(config, data, compiled=False)
     graded = grade_models(setup.net, [meta], setup.test, config.test_tasks, adapt=setup.adapt, predicts=setup.predicts)
     share = graded['targets']['single'].per_task[:,-1]
     known = record['test']['norms']['targets']['single']['accuracy'][-1]
-    if abs(share.mean().item() - known) > 1e-3: raise ValueError(f'{model.stem}: {share.mean():.4f}, recorded {known:.4f}')
+    if abs(share.mean().item() - known) > 1e-3:
+        raise ValueError(f'{model.stem}: {share.mean():.4f}, recorded {known:.4f}')
     return (share*config.n_way*config.test_targets).round().int().tolist()
 
 

@@ -294,6 +294,23 @@ def test_in_the_background_everything_else_goes_first(table, tmp_path, monkeypat
     assert asked == ['yes'] # what is refused changes nothing
 
 
+paired = json.loads((results.parent / 'paired.json').read_text())
+
+
+@pytest.mark.parametrize('name', [f'{table}/{row}' for table, found in paired.items() for row in found])
+def test_what_is_right_task_by_task_is_in_the_mean_what_the_record_says(name):
+    "Of every seed that has been run"
+    table, row = name.split('/')
+    found = read_records(results, table)[row]
+    assert sorted(paired[table][row]) == [str(r['seed']) for r in found]
+    for r in found:
+        right = paired[table][row][str(r['seed'])]['right']
+        targets = r['config']['n_way']*r['config']['test_targets']
+        known = r['test']['norms']['targets']['single']['accuracy'][-1]
+        assert len(right) == r['test']['n_tasks'] and max(right) <= targets
+        assert sum(right)/len(right)/targets == pytest.approx(known, abs=1e-3) # a GPU rounds otherwise
+
+
 def test_published_numbers_have_one_home():
     "With their sources, in a file that ships; no page that reads them has them a second time in its sources"
     root = here.parent
