@@ -113,7 +113,7 @@ _small_mini = {'filters': 16, 'n_target': 3, 'n_tasks': 4, 'epochs': 5, 'iterati
 _photos = {'n_target': 5, 'test_targets': 5, 'n_tasks': 4, 'epochs': 15, 'iterations': 180, 'multi_step_epochs': 1,
            'first_order_epochs': 15, 'outer_lr': 2e-3, 'validation_tasks': 40, 'test_tasks': 200, 'keep': 1}
 _two_steps = {'n_steps': 2, 'epochs': 10, 'iterations': 500, 'first_order_epochs': 0, 'outer_lr': 1e-3, 'average': .998}
-_additions = {'mirror': {'mirror': True}, 'shared-head': {'shared_head': True}, 'average': {'average': .99},
+_additions = {'again': {}, 'mirror': {'mirror': True}, 'shared-head': {'shared_head': True}, 'average': {'average': .99},
               'no-cosine': {'last_outer_lr': _small_mini['outer_lr']}}
 _tenth = {'iterations': 50, 'validation_tasks': 200} # of the published outer steps
 _hundredth = {'epochs': 20, 'iterations': 25, 'multi_step_epochs': 2, 'validation_tasks': 100}
