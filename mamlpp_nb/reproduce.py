@@ -18,7 +18,7 @@ from .files import write_safely
 from .tasks import load_data
 from .network import Conv4
 from .maml import Diverged, save_meta
-from .diagnostics import seed_interval
+from .diagnostics import method_colors, seed_interval
 from .step_sizes import step_size_kinds
 from .mamlpp import find_method, methods, phases
 from .processes import World
@@ -113,8 +113,8 @@ _small_mini = {'filters': 16, 'n_target': 3, 'n_tasks': 4, 'epochs': 5, 'iterati
 _photos = {'n_target': 5, 'test_targets': 5, 'n_tasks': 4, 'epochs': 15, 'iterations': 180, 'multi_step_epochs': 1,
            'first_order_epochs': 15, 'outer_lr': 2e-3, 'validation_tasks': 40, 'test_tasks': 200, 'keep': 1}
 _two_steps = {'n_steps': 2, 'epochs': 10, 'iterations': 500, 'first_order_epochs': 0, 'outer_lr': 1e-3, 'average': .998}
-_additions = {'again': {}, 'mirror': {'mirror': True}, 'shared-head': {'shared_head': True}, 'average': {'average': .99},
-              'no-cosine': {'last_outer_lr': _small_mini['outer_lr']}}
+_additions = {'again': {}, 'mirror': {'mirror': True}, 'shared-head': {'shared_head': True},
+              'average': {'average': .99}, 'no-cosine': {'last_outer_lr': _small_mini['outer_lr']}}
 _tenth = {'iterations': 50, 'validation_tasks': 200} # of the published outer steps
 _hundredth = {'epochs': 20, 'iterations': 25, 'multi_step_epochs': 2, 'validation_tasks': 100}
 _tenth_mini = {'epochs': 20, 'iterations': 250, 'multi_step_epochs': 3, 'validation_tasks': 200}
@@ -306,15 +306,19 @@ def plot_curves(
     "Validation accuracy over epochs and over arithmetic, seeds as bands"
     unit, spent_in = 1e12, 'trillion operations'
     if pace: unit, spent_in = pace, f'seconds at {pace/1e9:.0f} billion operations per second'
-    for i,(row,found) in enumerate(records.items()):
+    drawn = [] # methods: those of one method have its colour, and a line style each
+    for row,found in records.items():
         epochs = min(len(r['epochs']) for r in found)
         if not epochs: continue
         accuracy = np.array([[100*e['validation']['accuracy'][-1] for e in r['epochs'][:epochs]] for r in found])
         config = Config(**found[0]['config'])
+        color = method_colors.get(config.method, '.3')
+        style = ('-','--',':','-.')[drawn.count(config.method) % 4]
+        drawn.append(config.method)
         spent = [run_operations(config, e+1)/unit for e in range(epochs)]
         for ax,x in zip(axes, (1 + np.arange(epochs), spent)):
-            ax.plot(x, accuracy.mean(0), f'C{i}', lw=1.2, label=row)
-            ax.fill_between(x, accuracy.min(0), accuracy.max(0), color=f'C{i}', alpha=.15, lw=0)
+            ax.plot(x, accuracy.mean(0), style, color=color, lw=1.2, label=row)
+            ax.fill_between(x, accuracy.min(0), accuracy.max(0), color=color, alpha=.15, lw=0)
     axes[0].figure.suptitle(describe_runs(next(iter(records.values()))), fontsize=9)
     for ax,label in zip(axes, ('epoch', spent_in)):
         ax.set(xlabel=label, ylabel='validation accuracy (%)')
