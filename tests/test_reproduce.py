@@ -13,6 +13,7 @@ import tape  # noqa: F401  (the same folder as the other tests)
 from conftest import tiny_run
 from mamlpp_nb import reproduce as module
 from mamlpp_nb.cli import main
+from mamlpp_nb.diagnostics import method_colors
 from mamlpp_nb.maml import load_meta
 from mamlpp_nb.config import Config, epoch_parts, set_up
 from mamlpp_nb.runs import first_state, record_schema
@@ -281,6 +282,15 @@ def test_curves_over_seconds_are_curves_over_arithmetic():
         ends[axes[1].get_xlabel()] = axes[1].lines[0].get_xdata()[-1]
     assert ends == pytest.approx({'trillion operations': run_operations(config) / 1e12,
                                   'seconds at 2 billion operations per second': run_operations(config) / 2e9})
+
+
+def test_curves_have_the_colours_of_their_methods_and_rows_of_one_method_a_style_each():
+    ran = read_records(results, 'mini-imagenet-small')
+    axes = Figure().subplots(1, 2)
+    plot_curves({row: ran[row] for row in ('5w1s-mamlpp', '5w1s-maml', '5w1s-mamlpp-rate-0.1')}, axes)
+    for ax in axes:
+        assert [line.get_color() for line in ax.lines] == [method_colors[m] for m in ('mamlpp', 'maml', 'mamlpp')]
+        assert [line.get_linestyle() for line in ax.lines] == ['-', '-', '--']
 
 
 def test_in_the_background_everything_else_goes_first(table, tmp_path, monkeypatch, capsys):
