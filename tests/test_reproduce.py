@@ -304,7 +304,7 @@ def test_in_the_background_everything_else_goes_first(table, tmp_path, monkeypat
     assert asked == ['yes'] # what is refused changes nothing
 
 
-paired = json.loads((results.parent / 'paired.json').read_text())
+paired = json.loads((results.parent / 'paired.json').read_text())['tables']
 
 
 @pytest.mark.parametrize('name', [f'{table}/{row}' for table, found in paired.items() for row in found])
