@@ -37,7 +37,7 @@ def right_answers(model, record, data):
 
 if __name__ == '__main__':
     keep_freed_memory()
-    made = json.loads(path.read_text()) if path.exists() else {'starts': [], 'tables': {}}
+    made = json.loads(path.read_text()) if path.exists() else {'tables': {}}
     data = load_data('omniglot')
     for table in compared:
         for model in sorted((results/'tables'/table).glob('*.safetensors')):
@@ -46,6 +46,6 @@ if __name__ == '__main__':
             if row not in tables[table] or seed in done: continue
             right = right_answers(model, json.loads(model.with_suffix('.json').read_text()), data)
             done[seed] = {'right': right}
-            if provenance('cpu') not in made['starts']: made['starts'].append(provenance('cpu'))
+            made |= provenance('cpu') # of the latest
             write_safely(path, lambda draft: draft.write_text(json.dumps(made) + '\n'))
             print(table, row, seed, sum(right)/len(right), file=sys.stderr, flush=True)
