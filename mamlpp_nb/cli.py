@@ -46,6 +46,10 @@ def _folder(preset:str, config:Config)->Path: # settings beyond method and seed 
     if config.start_from: name += f'-from-{Path(config.start_from).stem}'
     return Path('runs')/_file_name(f'{name}-{config.method}-seed{config.seed}{mark}')
 
+def _folders(preset:str, configs:abc.Sequence[Config], out:str, several:bool)->list[Path]: # one for each run
+    if not out: return [_folder(preset, c) for c in configs]
+    return [Path(out)/f'seed{c.seed}' for c in configs] if several else [Path(out)]
+
 def _file_name(text:str)->str: return re.sub(r'[^\w+.-]+', '-', text) # on any system
 
 # %% ../nbs/a2_command_line.ipynb #2631561b
@@ -111,15 +115,14 @@ def train_preset(
     preset = preset or _preset_for(settings)
     config = configure(preset, **settings)
     configs = [dataclasses.replace(config, seed=s) for s in seed_list(seeds)] if seeds else [config]
-    if not out: folders = [_folder(preset, c) for c in configs]
-    else: folders = [Path(out)/f'seed{c.seed}' for c in configs] if seeds else [Path(out)]
+    folders = _folders(preset, configs, out, several=bool(seeds))
     world = join_world(pick_device(device))
     say = tell if world.rank == 0 else lambda text: None
     for c,folder in zip(configs, folders):
         say(f'{preset}, {c.method}, seed {c.seed}: {c.epochs} epochs of {c.iterations} outer steps, in {folder}')
-    told = _logs(tensorboard, csv, log)
-    status = train_and_test(configs, folders, world=world, minutes=minutes or None, say=say, log=told,
-                            capture=not no_capture, compiled=False if no_compile else None)
+    status = train_and_test(configs, folders, world=world, minutes=minutes or None, say=say,
+                            log=_logs(tensorboard, csv, log), capture=not no_capture,
+                            compiled=False if no_compile else None)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     if world.rank: return exit_codes[status]
     summaries = [_summary(read_run(folder), status, say) for folder in folders]

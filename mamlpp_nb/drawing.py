@@ -101,6 +101,28 @@ def _show_strokes(canvas:Any, strokes:Strokes)->None:
     with hold_canvas(canvas):
         for s in strokes: canvas.stroke_lines([(x*canvas.width, y*canvas.height) for x,y in s])
 
+# %% ../nbs/a6_drawing.ipynb #7916a827
+def _empty_pad(fields:abc.Sequence[str], size:int)->Any: # with a canvas for each field, not yet arranged
+    import ipywidgets # only notebooks have these two
+    from ipycanvas import Canvas
+    layout = {'border': '1px solid gray', 'width': f'{size}px', 'height': f'{size}px'}
+    pad = ipywidgets.VBox()
+    pad.canvases = {k: Canvas(width=size, height=size, layout=layout) for k in fields}
+    pad.strokes = {k: [] for k in fields}
+    pad.answer = None
+    return pad
+
+def _button(text:str, do:abc.Callable)->Any: # told the button when it is pressed
+    import ipywidgets
+    button = ipywidgets.Button(description=text)
+    button.on_click(do)
+    return button
+
+def _show_answers(names:abc.Sequence[str], answer:np.ndarray)->None:
+    axes = plot_answers(names, answer)
+    plt.show()
+    plt.close(axes.figure)
+
 # %% ../nbs/a6_drawing.ipynb #30afe661
 def drawing_pad(
     classifier:FewShotClassifier|None=None, # who answers; None: the packaged model
@@ -108,18 +130,12 @@ def drawing_pad(
     size:int=105, # of a canvas, in pixels
 )->Any: # a widget; `strokes` are the drawings by name, '?' the one in question, `answer` the latest probabilities
     "Draw a task, and see what the network makes of it"
-    import ipywidgets # only notebooks have these two
-    from ipycanvas import Canvas
+    import ipywidgets
     classifier = classifier or FewShotClassifier()
     fields = [*names, '?']
-    layout = {'border': '1px solid gray', 'width': f'{size}px', 'height': f'{size}px'}
-    canvases = {k: Canvas(width=size, height=size, layout=layout) for k in fields}
+    pad = _empty_pad(fields, size)
     out = ipywidgets.Output()
     hint = ipywidgets.Label('Draw a character in each field, and one of them again in the last.')
-    pad = ipywidgets.VBox()
-    pad.strokes = {k: [] for k in fields}
-    pad.canvases = canvases
-    pad.answer = None
     def show():
         missing = [k for k in fields if not pad.strokes[k]]
         hint.value = f"Still empty: {', '.join(missing)}"
@@ -128,13 +144,10 @@ def drawing_pad(
         pad.answer = answers(classifier, {k: pad.strokes[k] for k in names}, pad.strokes['?'])
         says, sure = names[int(pad.answer[-1].argmax())], pad.answer[-1].max()
         hint.value = f'It says {says}, {sure:.0%} sure. Draw on: every stroke makes a new task.'
-        with out:
-            axes = plot_answers(names, pad.answer)
-            plt.show()
-            plt.close(axes.figure)
+        with out: _show_answers(names, pad.answer)
     def clear(k):
         pad.strokes[k].clear()
-        _clear(canvases[k])
+        _clear(pad.canvases[k])
     def clear_all(_):
         pad.answer = None
         for k in fields: clear(k)
@@ -143,13 +156,12 @@ def drawing_pad(
         for k,strokes in zip(fields, recorded.values()):
             clear(k)
             pad.strokes[k].extend([*s] for s in strokes)
-            _show_strokes(canvases[k], strokes)
+            _show_strokes(pad.canvases[k], strokes)
         show()
     for k in fields:
         clear(k)
-        _pad(canvases[k], pad.strokes[k], show)
-    buttons = [ipywidgets.Button(description=text) for text in ('clear','recorded')]
-    for button,do in zip(buttons, (clear_all, draw_recorded)): button.on_click(do)
-    labelled = [ipywidgets.VBox([ipywidgets.Label(k), canvases[k]]) for k in fields]
+        _pad(pad.canvases[k], pad.strokes[k], show)
+    buttons = [_button('clear', clear_all), _button('recorded', draw_recorded)]
+    labelled = [ipywidgets.VBox([ipywidgets.Label(k), pad.canvases[k]]) for k in fields]
     pad.children = [hint, ipywidgets.HBox(labelled), ipywidgets.HBox(buttons), out]
     return pad

@@ -88,20 +88,22 @@ class Plan:
         each = [p.left for p in self.parts.values()]
         return None if None in each else sum(each)
 
-    def announce(self, where:str='')->None: # on what machine
-        "Say what is to come, a line for each part"
-        if self.silent or not self.parts: return
-        for name,p in self.parts.items():
-            takes = '' if p.left is None else f', about {duration(p.left)}'
-            self.line(f'  {name}: {p.n} {p.unit}{takes}')
-        if self.left is None: return
-        on = f', {duration(self.left)} in all on {where}' if where else ''
-        self.line(f'  {in_words(self.left)} on this machine{on}')
-
     def line(self, text:str)->None: # where the bar may be
         if self.bar is not None: self.bar.clear()
         self.say(text)
         self.said = time.monotonic()
+
+# %% ../nbs/g1_progress.ipynb #91000029
+@patch
+def announce(self:Plan, where:str='')->None: # on what machine
+    "Say what is to come, a line for each part"
+    if self.silent or not self.parts: return
+    for name,p in self.parts.items():
+        takes = '' if p.left is None else f', about {duration(p.left)}'
+        self.line(f'  {name}: {p.n} {p.unit}{takes}')
+    if self.left is None: return
+    on = f', {duration(self.left)} in all on {where}' if where else ''
+    self.line(f'  {in_words(self.left)} on this machine{on}')
 
 # %% ../nbs/g1_progress.ipynb #9100000b
 def _hidden()->bool|None: return True if os.environ.get('TQDM_DISABLE') else None # None: hidden where nobody watches
