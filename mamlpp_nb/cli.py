@@ -100,8 +100,7 @@ def train_preset(
                 str, nargs='+')='',
     minutes:float=0., # stop after this time (minutes) with exit code 3, to go on later; 0: at the end
     no_compile:bool=False, # never wait for a compiler; the same numbers up to rounding
-    # on a GPU, launch every operation by itself instead of replaying outer steps as CUDA graphs
-    no_capture:bool=False,
+    no_capture:bool=False, # on a GPU, launch every operation by itself instead of replaying CUDA graphs
     tensorboard:bool=False, # write for TensorBoard into the folder
     csv:bool=False, # write metrics.csv into the folder
     log:str='', # package.module:name or file.py:name of a function that is told each epoch's record; empty: none

@@ -102,7 +102,7 @@ def _show_strokes(canvas:Any, strokes:Strokes)->None:
         for s in strokes: canvas.stroke_lines([(x*canvas.width, y*canvas.height) for x,y in s])
 
 # %% ../nbs/a6_drawing.ipynb #7916a827
-def _empty_pad(fields:abc.Sequence[str], size:int)->Any: # with a canvas for each field, not yet arranged
+def _empty_pad(fields:abc.Sequence[str], size:int)->Any: # a canvas with its name for each field
     import ipywidgets # only notebooks have these two
     from ipycanvas import Canvas
     layout = {'border': '1px solid gray', 'width': f'{size}px', 'height': f'{size}px'}
@@ -110,6 +110,9 @@ def _empty_pad(fields:abc.Sequence[str], size:int)->Any: # with a canvas for eac
     pad.canvases = {k: Canvas(width=size, height=size, layout=layout) for k in fields}
     pad.strokes = {k: [] for k in fields}
     pad.answer = None
+    for canvas in pad.canvases.values(): _clear(canvas)
+    labelled = [ipywidgets.VBox([ipywidgets.Label(k), canvas]) for k,canvas in pad.canvases.items()]
+    pad.children = [ipywidgets.HBox(labelled)]
     return pad
 
 def _button(text:str, do:abc.Callable)->Any: # told the button when it is pressed
@@ -158,10 +161,7 @@ def drawing_pad(
             pad.strokes[k].extend([*s] for s in strokes)
             _show_strokes(pad.canvases[k], strokes)
         show()
-    for k in fields:
-        clear(k)
-        _pad(pad.canvases[k], pad.strokes[k], show)
+    for k in fields: _pad(pad.canvases[k], pad.strokes[k], show)
     buttons = [_button('clear', clear_all), _button('recorded', draw_recorded)]
-    labelled = [ipywidgets.VBox([ipywidgets.Label(k), pad.canvases[k]]) for k in fields]
-    pad.children = [hint, ipywidgets.HBox(labelled), ipywidgets.HBox(buttons), out]
+    pad.children = [hint, *pad.children, ipywidgets.HBox(buttons), out]
     return pad
